@@ -1,0 +1,716 @@
+"""NA-LoRA (Nonlinearity-Aware LoRA, arXiv 2606.31717) in one file: an unofficial, educational reference.
+
+THE IDEA. The feed-forward network (FFN) of a Llama computes h = phi(z) * u from a gate z = W_gate x and features u = W_up x. Its
+activation is self-gated, a value times a weight, phi(z) = rho(z) z, so moving a gate by delta moves two things at once:
+
+    phi(z + delta) - phi(z)  =  rho(z) delta  +  z rho'(z) delta  +  O(delta^2)
+                               features move     selection moves
+
+LoRA treats its low-rank update as a change of features, yet it also changes which channels are selected: the paper calls this
+selection misalignment. The second term over the first is kappa(z) - 1, where kappa = z phi'/phi is the local degree of homogeneity
+(Euler: phi(t z) = t^k phi(z) for all t > 0 exactly when z phi' = k phi). kappa > 1: selection amplifies the move; kappa < 1: it
+opposes it; kappa = 1 (linear, ReLU): it stands still. NA-LoRA lets phi' and kappa steer the training of an ordinary LoRA adapter.
+No extra loss, no extra parameter, nothing at inference.
+
+THE ALGORITHM. Given LoRA pairs (A, B) on gate_proj, up_proj and down_proj of every FFN, and any optimizer:
+
+    forward   over a sample of tokens, per gate channel c:   score_c = mean |phi'(z_c)|
+              over the same tokens and all channels:         k_hat = sum z phi'(z) phi(z) / sum phi(z)^2,   p = share of z > 0
+    step      remember A and B, let the optimizer step as ever (its moments see the true gradients), then per FFN:
+              I     <- ema I + (1 - ema) score               temporal importance (F,), starting at 0
+              mask  <- the ceil(keep F) channels with the largest I
+              scale <- 1 / clip(k_hat, 1/2, 2)               but 1 if min(p, 1 - p) < 0.05 or rho' = 0: no two regimes
+              row c of B_gate      <- before + mask_c scale (after - before)
+              A_gate, A and B of up and down                 <- before + scale (after - before)
+
+Why change the step and not the gradient? Adam divides the size of a gradient away again, and its momentum and weight decay move
+rows whose gradient is zero. Putting rows back after the step is exact. All channels share A_gate, so it is scaled but not masked.
+
+GLOSSARY. name in the code: symbol, meaning
+    z                  z       gate pre-activation, (tokens, F); F channels are Hugging Face's `intermediate_size`
+    act                phi     elementwise activation (SiLU in Llama)
+    selection_weight   rho     phi(z) / z, the weight that z is given; SiLU: sigmoid(z)
+    slope              phi'    derivative, by autograd
+    homogeneity        kappa   z phi' / phi = 1 + z rho' / rho, per element; SiLU: 1 + z (1 - sigmoid(z))
+    k_hat              k_hat   effective homogeneity: the one degree that fits a layer best
+    occupancy          p       share of z > 0, the coarse partition: for SiLU and GELU kappa > 1 exactly where z > 0
+    importance, mask   I, m    moving average of |phi'| per gate channel; the channels whose row of B_gate may move
+    lora_A, lora_B     A, B    y = W x + (alpha / rank) B A x, A (rank, in), B (out, rank)
+
+WHOSE IS WHAT. The paper's public text (abstract and captions) states: selection misalignment and its link to "the local effective
+homogeneity of self-gated activations"; "a derivative-based temporal-importance mask for gate-related LoRA updates"; "an activation-
+specific step-scaling rule when a meaningful coarse effective-homogeneity partition is available". No equation of it is public to
+us. Every formula here is OUR reading of these words: phi' as the derivative, its mean over tokens, ema, keep, the hard cut, acting
+on the step and on B_gate alone, the least-squares k_hat, the partition by sign with its 5 % rule, 1/k_hat and its clip,
+budget="neutral", and both measures. The controls (random, inverted, uniform) answer a public review. Never cite this file as the authors' method.
+
+MAP. 1 the mathematics of selection - 2 LoRA - 3 NA-LoRA - 4 measures - 5 the Llama it is shown on - 6 wiring and files
+"""
+import json
+import math
+import os
+import warnings
+from collections import Counter
+from dataclasses import MISSING, asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+# ---- 1. The mathematics of selection. `act` is any elementwise activation, z any float tensor; no state, no modules. --------------
+
+
+def activation_parts(act, z):
+    """phi(z), its slope phi'(z) and rho(z) = phi(z) / z, each shaped like z. Autograd differentiates, so any activation will do."""
+    with torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
+        z = z.detach().requires_grad_()
+        phi = act(z)
+        slope, = torch.autograd.grad(phi.sum(), z)
+    z, phi = z.detach(), phi.detach()
+    return phi, slope, torch.where(z == 0, slope, phi / torch.where(z == 0, 1, z))          # the limit of rho at 0 is phi'(0)
+
+
+def selection_weight(act, z):
+    """rho(z) = phi(z) / z, shaped like z: the decision weight that the activation gives to its own input."""
+    return activation_parts(act, z)[2]
+
+
+def homogeneity(act, z):
+    """kappa(z) = z phi'(z) / phi(z), shaped like z, and 1 wherever phi(z) = 0: zero is homogeneous of every degree, 1 is neutral.
+
+    Unbounded below for SiLU and GELU (kappa -> -inf as z -> -inf), so never average it; that is what k_hat is for.
+    """
+    phi, slope, _ = activation_parts(act, z)
+    return torch.where(phi == 0, 1, z * slope / torch.where(phi == 0, 1, phi))
+
+
+def widen(t):
+    """t in float32, or in its own dtype if that is wider: no sum and no blend is made in half precision."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def gate_sums(act, z, tokens=None, score="phi_prime"):
+    """All that NA-LoRA keeps of gates z (T, F): one flat vector of sums (F + 5,), so that microbatches and machines simply add up.
+
+    tokens (T,): 1 where a token counts and 0 for padding; None counts all. The entries are the score of each channel (F), the number
+    of tokens, and over tokens and channels: sum z phi' phi, sum phi^2, how many z > 0, and sum |z rho'| (= |phi' - rho|).
+    """
+    z = widen(z)
+    tokens = z.new_ones(len(z)) if tokens is None else tokens.to(z)
+    phi, slope, rho = activation_parts(act, z)                                              # (T, F) each
+    scores = slope.abs()
+    if score == "rho_prime":
+        away = torch.where(z.abs() < 1e-3, 1e-3, z)                                         # rho' = (phi' - rho) / z cancels at 0
+        scores = (activation_parts(act, away)[1] - selection_weight(act, away)).div(away).abs()
+    totals = [tokens @ t.sum(1) for t in (z * slope * phi, phi * phi, (z > 0).to(z), (slope - rho).abs())]
+    return torch.cat([tokens @ scores, torch.stack([tokens.sum(), *totals])])
+
+
+def regime(sums):
+    """(k_hat, occupancy, degenerate) of `gate_sums`, 0-dim each. k_hat = sum z phi' phi / sum phi^2 solves z phi' = k phi in least
+    squares and is 1 if every phi is 0. Degenerate: under 5 % of the gates on one side of zero, or rho' = 0 throughout."""
+    (tokens, z_slope_phi, phi_phi, positive, movement), channels = sums[-5:], len(sums) - 5
+    occupancy, movement = positive / (tokens * channels), movement / (tokens * channels)
+    k_hat = torch.where(phi_phi > 0, z_slope_phi / phi_phi, 1)
+    return k_hat, occupancy, (torch.minimum(occupancy, 1 - occupancy) < 0.05) | (movement < 1e-6)
+
+
+def effective_homogeneity(act, z):
+    """k_hat of all of z, any shape, 0-dim: a degree that channels which are off do not disturb; exactly 1 for linear and ReLU."""
+    return regime(gate_sums(act, z.reshape(1, -1)))[0]
+
+
+def coarse_partition(act, z):
+    """(occupancy, degenerate) of all of z, any shape, 0-dim each: the share of z > 0, and whether step scaling has to stay off."""
+    return regime(gate_sums(act, z.reshape(1, -1)))[1:]
+
+
+def importance_mask(importance, keep):
+    """Bool (F,): the ceil(keep F) channels of largest importance (F,), lower index first among equals. ValueError unless 0 < keep <= 1."""
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep is {keep}, but it is the share of gate channels that may move: give a number in (0, 1].")
+    first = torch.argsort(importance, descending=True, stable=True)[:math.ceil(keep * len(importance) - 1e-9)]   # 0.1 * 30 > 3
+    return torch.zeros_like(importance, dtype=torch.bool).index_fill(0, first, True)
+
+
+def step_scale(k_hat, degenerate):
+    """1 / clip(k_hat, 1/2, 2), or 1 where degenerate: equal relative steps of the weights then move outputs equally."""
+    return torch.where(degenerate, 1.0, 1 / k_hat.clamp(0.5, 2))
+
+
+# ---- 2. LoRA (arXiv 2106.09685), complete. It knows nothing of what follows. -------------------------------------------------------
+
+
+class LoRALinear(nn.Module):
+    """y = base_layer(x) + (alpha / rank) B A x. A and B train in float32 whatever the base's dtype; B = 0 makes the start an exact no-op.
+
+    base: nn.Linear, frozen here. ValueError unless rank is a whole number from 1 to min(in, out).
+    """
+
+    def __init__(self, base, rank, alpha):
+        super().__init__()
+        check_rank(rank, base, "this layer")
+        self.base_layer, self.rank, self.alpha, self.scaling = base.requires_grad_(False), rank, alpha, alpha / rank
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, dtype=torch.float32, device=base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=base.weight.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))                               # uniform in +-1/sqrt(in), as nn.Linear
+
+    def forward(self, x):                                                                   # (..., in)
+        y = self.base_layer(x)                                                              # (..., out)
+        low = F.linear(x.to(self.lora_A.dtype), self.lora_A) * self.scaling                 # (..., rank)
+        return y + (low @ self.lora_B.t().contiguous()).to(y.dtype)                         # contiguous: a faster backward for B
+
+
+# ---- 3. NA-LoRA: what is observed, what is decided, what is done to the step -------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NALoRAConfig:
+    """The method, its ablations and its controls. ValueError on anything that does not stand here."""
+    mask: str = "derivative"        # "derivative" | "inverted" (the least important) | "random" (fixed rows) | "none"
+    keep: float = 0.5               # share of the gate channels whose row of B_gate moves, in (0, 1]
+    soft: bool = False              # True: cut no row (keep is not used), weight each by its importance over the mean importance
+    scale: str = "homogeneity"      # "homogeneity" | "uniform" (every layer takes the mean of those scales) | "none"
+    budget: str = "raw"             # "neutral": kept rows / kept share, scales / their geometric mean, so the mean step stays LoRA's
+    score: str = "phi_prime"        # "phi_prime": |phi'| | "rho_prime": |rho'|
+    ema: float = 0.9                # decay of the importance per step, in [0, 1)
+    stride: int = 7                 # observe every 7th token; a prime does not lock on to a sequence length
+    seed: int = 0                   # of the random mask
+
+    def __post_init__(self):
+        check_config(self)
+
+
+class NALoRA:
+    """Turns a LoRA training loop into NA-LoRA: make one after the optimizer, change nothing else.
+
+    It observes every gated FFN whose gate_proj carries LoRA (see `is_gated_ffn`) while the model trains, and corrects the optimizer's
+    steps. To keep padding out of the statistics, set `token_mask` (batch, seq), nonzero for real tokens, before each forward pass.
+    ValueError if no gate carries LoRA, or if the optimizer does not hold the FFNs' LoRA parameters.
+    """
+
+    def __init__(self, model, optimizer, config=None):
+        self.config = config = config or NALoRAConfig()
+        self.token_mask, self._sums, self._before = None, {}, []
+        self._ffns = {name: m for name, m in model.named_modules() if is_gated_ffn(m) and lora_pair(m.gate_proj)}
+        if not self._ffns:
+            raise ValueError("No gated FFN here has LoRA on its gate_proj: call inject_lora with 'gate_proj' among the targets first.")
+        self._state = {name: initial_state(config, i, ffn) for i, (name, ffn) in enumerate(self._ffns.items())}
+        self._controlled = [entry for name, ffn in self._ffns.items() for entry in controlled_parameters(config, name, ffn)]
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if any(id(p) not in held for _, _, p in self._controlled):
+            raise ValueError("The optimizer does not hold the FFNs' LoRA parameters: give it lora_parameters(model), after inject_lora.")
+        self._handles = []
+        self._observes = config.mask in ("derivative", "inverted") or config.scale != "none"
+        if self._observes:
+            self._handles += [ffn.gate_proj.register_forward_hook(partial(self._observe, name)) for name, ffn in self._ffns.items()]
+        if self._controlled:
+            self._handles += [optimizer.register_step_pre_hook(self._before_step), optimizer.register_step_post_hook(self._after_step)]
+
+    def _observe(self, name, gate, inputs, z):
+        """Forward hook of a gate. Training only: evaluation must leave no trace in the statistics."""
+        if gate.training and torch.is_grad_enabled():
+            if self.token_mask is not None and self.token_mask.shape != z.shape[:-1]:
+                raise ValueError(f"token_mask is {tuple(self.token_mask.shape)} but the gates see tokens {tuple(z.shape[:-1])}: "
+                                 "set it anew before each forward pass, or to None.")
+            tokens = None if self.token_mask is None else self.token_mask.flatten()[::self.config.stride].ne(0)
+            sample = z.detach().flatten(0, -2)[::self.config.stride]                        # (T, F)
+            self._sums[name] = self._sums.get(name, 0) + gate_sums(self._ffns[name].act_fn, sample, tokens, self.config.score)
+
+    def _decide(self):
+        """The sums since the last step -> importance, mask, k_hat, occupancy and scale of each FFN. Needs no host synchronisation."""
+        c, new, sums = self.config, {}, list(self._sums.values())
+        for name, s in self._sums.items():
+            k_hat, occupancy, degenerate = regime(s)
+            importance = torch.lerp(self._state[name]["importance"], s[:-5] / s[-5], 1 - c.ema)                     # (F,)
+            new[name] = dict(self._state[name], importance=importance, k_hat=k_hat, occupancy=occupancy)
+            if c.mask in ("derivative", "inverted") and not c.soft:
+                new[name]["mask"] = importance_mask(importance if c.mask == "derivative" else -importance, c.keep)
+            if c.scale != "none":
+                new[name]["scale"] = step_scale(k_hat, degenerate)
+        scales = torch.stack([n["scale"] for n in new.values()])                            # (FFNs,)
+        if c.scale == "uniform":
+            scales = scales.mean().expand_as(scales)
+        if c.budget == "neutral":
+            scales = scales / scales.log().mean().exp()
+        usable = torch.stack([(s[-5] > 0) & s.isfinite().all() for s in sums]).all()        # neither all padding nor overflow
+        for (name, n), n["scale"] in zip(new.items(), scales):
+            self._state[name] = {key: torch.where(usable, n[key], old) for key, old in self._state[name].items()}
+
+    def _row_weight(self, importance, mask):
+        """What the step of each row of B_gate is multiplied by, (F, 1)."""
+        if self.config.soft:
+            return torch.where(importance.sum() > 0, importance / importance.mean(), 1)[:, None]
+        return (mask / mask.to(importance).mean() if self.config.budget == "neutral" else mask.to(importance))[:, None]
+
+    def _before_step(self, optimizer, args, kwargs):
+        self._before = [p.detach().clone() for _, _, p in self._controlled]
+
+    @torch.no_grad()
+    def _after_step(self, optimizer, args, kwargs):
+        skipped = getattr(optimizer, "found_inf", None)                                     # a fused optimizer under GradScaler
+        if self._sums and not (skipped is not None and skipped.item()):
+            self._decide()
+        elif self._observes and not self._sums:
+            warnings.warn("NALoRA saw no gate before this optimizer step: is the model in train() mode, and run under grad?", stacklevel=3)
+        self._sums = {}
+        for (name, is_gate_B, p), before in zip(self._controlled, self._before):
+            state = self._state[name]
+            weight = state["scale"] * self._row_weight(state["importance"], state["mask"]) if is_gate_B else state["scale"]
+            p.copy_(torch.lerp(widen(before), widen(p), weight))        # exact at both ends: 0 puts a row back, 1 leaves the step
+        self._before = []
+
+    def statistics(self):
+        """{FFN module name: {"importance" (F,), "mask" (F,) bool, "k_hat", "occupancy", "scale": floats}} of the last step.
+
+        What was not observed yet, or is not needed by the method and so never observed: importance 0, k_hat and occupancy NaN, scale 1.
+        """
+        return {name: {key: v.clone() if v.dim() else v.item() for key, v in s.items()} for name, s in self._state.items()}
+
+    def state_dict(self):
+        """{"config": dict, "ffns": {FFN module name: {the keys of `statistics`: tensors}}}. Take it between optimizer steps."""
+        return {"config": asdict(self.config), "ffns": {name: {k: v.clone() for k, v in s.items()} for name, s in self._state.items()}}
+
+    def load_state_dict(self, state):
+        """Goes on from a `state_dict`. ValueError, with nothing changed, if it was made with another configuration or model."""
+        if state["config"] != asdict(self.config):
+            raise ValueError(f"This NALoRA state was made with {state['config']}, not with {asdict(self.config)}.")
+        saved, here = ({name: {k: v.shape for k, v in s.items()} for name, s in ffns.items()} for ffns in (state["ffns"], self._state))
+        if saved != here:
+            raise ValueError("This NALoRA state was made on another model: the names or widths of its FFNs differ.")
+        self._state = {name: {k: state["ffns"][name][k].clone().to(v) for k, v in s.items()} for name, s in self._state.items()}
+
+    def remove(self):
+        """Takes every hook off. What follows is plain LoRA training."""
+        while self._handles:
+            self._handles.pop().remove()
+
+
+def is_gated_ffn(module):
+    """True for a module made of gate_proj, up_proj, down_proj and act_fn: an FFN is told by its parts, not by its name."""
+    return all(hasattr(module, part) for part in ("gate_proj", "up_proj", "down_proj", "act_fn"))
+
+
+def lora_pair(linear):
+    """(lora_A (rank, in), lora_B (out, rank)) of a linear layer, or () if it carries no LoRA. All that NA-LoRA knows of LoRA."""
+    return (linear.lora_A, linear.lora_B) if isinstance(linear, LoRALinear) else ()
+
+
+def initial_state(config, index, ffn):
+    """The state of FFN number `index` before anything is observed: every row moves fully. The random mask is drawn here, once."""
+    B = lora_pair(ffn.gate_proj)[1]                                                         # (F, rank)
+    draw = torch.rand(len(B), generator=torch.Generator().manual_seed(config.seed + 1_000_003 * index))
+    zero = widen(B.detach().new_zeros(()))
+    return {"importance": zero.repeat(len(B)), "mask": importance_mask(draw, config.keep if config.mask == "random" else 1).to(B.device),
+            "k_hat": zero + math.nan, "occupancy": zero + math.nan, "scale": zero + 1}
+
+
+def controlled_parameters(config, name, ffn):
+    """Yields (FFN name, whether it is B_gate, parameter) of what the method steers: B_gate by the mask, every pair by the scale."""
+    gate_B = lora_pair(ffn.gate_proj)[1]
+    if config.mask != "none" or config.scale != "none":
+        yield name, True, gate_B
+    if config.scale != "none":
+        pairs = [lora_pair(linear) for linear in (ffn.gate_proj, ffn.up_proj, ffn.down_proj)]
+        yield from ((name, False, p) for pair in pairs for p in pair if p is not gate_B)
+
+
+def check_config(c):
+    choices = {"mask": ("derivative", "inverted", "random", "none"), "scale": ("homogeneity", "uniform", "none"),
+               "budget": ("raw", "neutral"), "score": ("phi_prime", "rho_prime")}
+    for field, allowed in choices.items():
+        if getattr(c, field) not in allowed:
+            raise ValueError(f"{field} is {getattr(c, field)!r}: choose one of {', '.join(allowed)}.")
+    importance_mask(torch.ones(1), c.keep)                                                  # refuses a keep outside (0, 1]
+    if not 0 <= c.ema < 1:
+        raise ValueError(f"ema is {c.ema}: give a number in [0, 1).")
+    if not (isinstance(c.stride, int) and c.stride >= 1):
+        raise ValueError(f"stride is {c.stride}: give a whole number of at least 1 (1 observes every token).")
+    if c.soft and c.mask != "derivative":
+        raise ValueError(f"soft weights rows by their importance, so it goes with mask='derivative', not with {c.mask!r}.")
+    if c.scale == "uniform" and c.budget == "neutral":
+        raise ValueError("scale='uniform' with budget='neutral' divides out to exactly 1: say scale='none'.")
+
+
+def check_rank(rank, linear, name):
+    largest = min(linear.in_features, linear.out_features)
+    if not (isinstance(rank, int) and 1 <= rank <= largest):
+        raise ValueError(f"rank is {rank}, but {name} takes a whole number from 1 to {largest}.")
+
+
+# ---- 4. Measures of selection (ours) -----------------------------------------------------------------------------------------------
+
+
+def selection_misalignment(act, z, z_full, z_base):
+    """M = ||rho(z) - rho(z_full)|| / ||rho(z_full) - rho(z_base)||, 0-dim: gates of one layer on the same tokens, all of one shape,
+    in the adapted, the fully fine-tuned and the base model. 0: full fine-tuning's selection; 1: no better than not adapting.
+    ValueError if full fine-tuning moved no selection (0/0)."""
+    rho, rho_full, rho_base = (selection_weight(act, t) for t in (z, z_full, z_base))
+    moved = (rho_full - rho_base).norm()
+    if moved == 0:
+        raise ValueError("Full fine-tuning moved no selection weight here, so the misalignment is 0/0.")
+    return (rho - rho_full).norm() / moved
+
+
+def selection_entropy(act, z):
+    """H = -sum p log p / log F in [0, 1], 0-dim, of z (tokens, F), p_c ~ mean |phi'(z_c)| rho(z_c). 1: all channels respond alike."""
+    _, slope, rho = activation_parts(act, z)
+    p = (slope.abs() * rho).mean(0).clamp(min=0)                                            # (F,)
+    return torch.special.entr(p / p.sum()).sum() / math.log(len(p))
+
+
+# ---- 5. The Llama it is shown on. Parameter and configuration names are Hugging Face's: its checkpoints load as they are. ----------
+
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+               "quick_gelu": lambda z: z * torch.sigmoid(1.702 * z), "relu": F.relu}
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int = None         # None: as many as num_attention_heads; fewer: grouped-query attention
+    head_dim: int = None                    # None: hidden_size / num_attention_heads
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+
+    def __post_init__(self):
+        object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or self.num_attention_heads)
+        object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // self.num_attention_heads)
+        if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
+            raise ValueError(f"num_key_value_heads {self.num_key_value_heads} must divide num_attention_heads {self.num_attention_heads}, "
+                             f"and head_dim {self.head_dim} must be even.")
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act is {self.hidden_act!r}, but this Llama knows {', '.join(ACTIVATIONS)}.")
+
+    @classmethod
+    def from_dict(cls, d):
+        """Reads the content of a Hugging Face config.json. ValueError names what it lacks or what this Llama cannot honour."""
+        rope = {**(d.get("rope_scaling") or {}), **(d.get("rope_parameters") or {})}
+        d = {**d, "rope_scaling": rope.get("rope_type", rope.get("type", "default")), "rope_theta": rope.get("rope_theta", d.get("rope_theta"))}
+        plain = {"model_type": "llama", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0, "rope_scaling": "default",
+                 "partial_rotary_factor": 1, "sliding_window": None, "pretraining_tp": 1, "quantization_config": None}
+        for field, value in plain.items():
+            if d.get(field, value) not in (value, None):
+                raise ValueError(f"This Llama cannot honour {field} = {d[field]!r}: load the model with transformers, where NALoRA works too.")
+        missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in d]
+        if missing:
+            raise ValueError(f"The configuration lacks {', '.join(missing)}: it is not a Llama's config.json.")
+        return cls(**{f.name: d[f.name] for f in fields(cls) if d.get(f.name) is not None})
+
+
+def rotary_tables(config, start, length, device):
+    """cos and sin of each position's rotation angles, (length, head_dim) each, float32."""
+    frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim)
+    angle = torch.outer(torch.arange(start, start + length, device=device).float(), frequency).repeat(1, 2)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Rotary embedding of x (B, heads, T, head_dim) in Hugging Face's half-rotation convention: i is paired with i + head_dim / 2."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos.to(x.dtype) + torch.cat((-b, a), dim=-1) * sin.to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.head_dim, heads, kv_heads = c.head_dim, c.num_attention_heads, c.num_key_value_heads
+        self.q_proj = nn.Linear(c.hidden_size, heads * c.head_dim, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, kv_heads * c.head_dim, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, kv_heads * c.head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * c.head_dim, c.hidden_size, bias=False)
+
+    def forward(self, x, cos, sin, cache):                                                  # x (B, T, hidden)
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)               # (B, heads, T, head_dim)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:                                                               # a list, [] or [past k, past v]
+            cache[:] = [torch.cat((past, now), dim=2) for past, now in zip(cache, (k, v))] or [k, v]
+            k, v = cache
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).flatten(2))                                    # (B, T, hidden)
+
+
+class GatedFFN(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+        self.act_fn = ACTIVATIONS[c.hidden_act]
+
+    def forward(self, x):                                                                   # (B, T, hidden)
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.mlp = GatedFFN(c)
+
+    def forward(self, x, cos, sin, cache):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.model = config, nn.Module()
+        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.model.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        for p in self.parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, std=config.initializer_range)
+
+    def forward(self, tokens, targets=None, cache=None):
+        """tokens (B, T) int64 -> (logits (B, T, vocab), None).
+
+        With targets (B, T), the next token of each position or -100 for none: (logits (N, vocab) at the N positions that have a
+        target, their mean cross-entropy in nats). cache: a list per layer, [] at first, filled here; further calls take one token.
+        ValueError if the text is longer than max_position_embeddings.
+        """
+        start = cache[0][0].size(2) if cache and cache[0] else 0
+        if start + tokens.size(1) > self.config.max_position_embeddings:
+            raise ValueError(f"A text of {start + tokens.size(1)} tokens exceeds the context of {self.config.max_position_embeddings}: shorten it.")
+        x = self.model.embed_tokens(tokens)                                                 # (B, T, hidden)
+        cos, sin = rotary_tables(self.config, start, tokens.size(1), tokens.device)
+        for i, layer in enumerate(self.model.layers):
+            x = layer(x, cos, sin, cache and cache[i])
+        x = self.model.norm(x)
+        if targets is None:
+            return self.lm_head(x), None
+        logits = self.lm_head(x[targets != -100])                                           # (N, vocab)
+        return logits, F.cross_entropy(logits.float(), targets[targets != -100])
+
+    @torch.no_grad()
+    def generate(self, tokens, max_new_tokens, temperature=0.0, top_k=None, stop=None, generator=None):
+        """tokens (B, T), no padding -> (B, T + n), n <= max_new_tokens, by a key/value cache. temperature 0 is greedy; top_k samples
+        among the k likeliest; after the token `stop` a row repeats it, and n is reached when all rows stopped. ValueError beyond the context."""
+        if tokens.size(1) + max_new_tokens > self.config.max_position_embeddings:
+            raise ValueError(f"A prompt of {tokens.size(1)} tokens and {max_new_tokens} new ones exceed the context of "
+                             f"{self.config.max_position_embeddings}: shorten the prompt or ask for fewer.")
+        cache, new, stopped = [[] for _ in self.model.layers], tokens, tokens.new_zeros(len(tokens), dtype=torch.bool)
+        for _ in range(max_new_tokens):
+            logits = self(new, cache=cache)[0][:, -1].float()                               # (B, vocab)
+            if top_k is not None:
+                logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+            new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator) if temperature else logits.argmax(-1, keepdim=True)
+            if stop is not None:
+                new = new.masked_fill(stopped[:, None], stop)                               # (B, 1)
+                stopped |= new[:, 0] == stop
+            tokens = torch.cat((tokens, new), dim=1)
+            if stopped.all():
+                break
+        return tokens
+
+    @classmethod
+    def from_pretrained(cls, directory, dtype=torch.float32):
+        """Reads config.json and model.safetensors (or the shards of its index). ValueError if they are missing, broken or do not agree."""
+        model = cls(LlamaConfig.from_dict(read_json(Path(directory) / "config.json"))).to(dtype)
+        weights = {k: v for k, v in read_weights(Path(directory)).items() if not k.endswith("rotary_emb.inv_freq")}   # old exports
+        if model.config.tie_word_embeddings and "model.embed_tokens.weight" in weights:
+            weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+        shapes, expected = ({k: tuple(v.shape) for k, v in d.items()} for d in (weights, model.state_dict()))
+        wrong = sorted(k for k in {*shapes, *expected} if shapes.get(k) != expected.get(k))
+        if wrong:
+            raise ValueError(f"The weights in {directory} are not those of its config.json: {wrong[0]} is {shapes.get(wrong[0], 'missing')}, "
+                             f"expected {expected.get(wrong[0], 'nothing of that name')} ({len(wrong)} such).")
+        model.load_state_dict(weights)
+        return model
+
+    def save_pretrained(self, directory, dtype=None):
+        """Writes config.json and model.safetensors, in `dtype` if given. ValueError while LoRA is attached."""
+        if any(isinstance(m, LoRALinear) for m in self.modules()):
+            raise ValueError("This model carries LoRA: merge_lora(model) before saving it, or save_adapter(model, directory).")
+        weights = {k: v.to(dtype or v.dtype).contiguous() for k, v in self.state_dict().items()}
+        if self.config.tie_word_embeddings:
+            del weights["lm_head.weight"]
+        config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **asdict(self.config),
+                  "torch_dtype": str(weights["model.norm.weight"].dtype).removeprefix("torch.")}
+        write_tensors(Path(directory) / "model.safetensors", weights)
+        write_json(Path(directory) / "config.json", config)
+
+
+# ---- 6. Wiring and files. A file is written whole under a temporary name and then renamed; nothing is ever unpickled. ---------------
+
+
+def inject_lora(model, targets, rank=8, alpha=16):
+    """Puts a LoRALinear in the place of every nn.Linear that `targets` name, freezes all else and returns their module names.
+
+    targets: module names, whole or from a dot on ("q_proj", "mlp.gate_proj"). ValueError, with nothing changed, if the model carries
+    LoRA already, a target matches no linear layer, or the rank does not fit one.
+    """
+    if any(isinstance(m, LoRALinear) for m in model.modules()):
+        raise ValueError("This model carries LoRA already: merge_lora(model) first, or start from the base model.")
+    linears, chosen = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}, set()
+    for target in [targets] if isinstance(targets, str) else targets:
+        matches = {name for name in linears if f".{name}".endswith(f".{target}")}
+        if not matches:
+            raise ValueError(f"The target {target!r} matches no linear layer; there are {', '.join(sorted({n.split('.')[-1] for n in linears}))}.")
+        chosen |= matches
+    for name in chosen:
+        check_rank(rank, linears[name], name)
+    if not chosen:
+        raise ValueError("No targets are given: name at least one linear layer, such as 'gate_proj'.")
+    model.requires_grad_(False)
+    names = [name for name in linears if name in chosen]
+    for name in names:
+        model.set_submodule(name, LoRALinear(linears[name], rank, alpha))
+    return names
+
+
+def lora_layers(model):
+    """{module name: LoRALinear} in module order. ValueError if there is none."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    if not layers:
+        raise ValueError("This model carries no LoRA (never injected, or merged already): call inject_lora or load_adapter first.")
+    return layers
+
+
+def lora_parameters(model):
+    """[A, B, A, B, ...] in module order: what the optimizer trains."""
+    return [p for layer in lora_layers(model).values() for p in (layer.lora_A, layer.lora_B)]
+
+
+@torch.no_grad()
+def merge_lora(model):
+    """W <- W + (alpha / rank) B A, computed in float32 and rounded once to W's dtype; each nn.Linear is back in its place afterwards.
+
+    Returns their names. There is no way back, and a second call is a ValueError: nothing is left to merge. So is a tied weight,
+    since merging it would change another layer too; then nothing is changed.
+    """
+    layers = lora_layers(model)
+    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+    for name, layer in layers.items():
+        if owners[id(layer.base_layer.weight)] > 1:
+            raise ValueError(f"The weight of {name} is tied to another layer, and merging would change both: untie it, or keep the adapter.")
+    for name, layer in layers.items():
+        weight = layer.base_layer.weight
+        weight.copy_(widen(weight) + layer.scaling * (layer.lora_B @ layer.lora_A))
+        model.set_submodule(name, layer.base_layer)
+    return list(layers)
+
+
+def save_adapter(model, directory, base_model=None, settings=None):
+    """Writes adapter_model.safetensors and adapter_config.json as PEFT does; what PEFT does not know goes to nalora.json.
+
+    base_model: name or path of the base, for PEFT; settings: any JSON value, for the record. ValueError if the model has no LoRA.
+    """
+    layers, directory = lora_layers(model), Path(directory)
+    (rank, alpha), *others = {(layer.rank, layer.alpha) for layer in layers.values()}
+    if others:
+        raise ValueError("The LoRA layers differ in rank or alpha, and an adapter_config.json holds one of each: inject them alike.")
+    tensors = {f"base_model.model.{name}.{part}.weight": getattr(layer, part).detach() for name, layer in layers.items() for part in ("lora_A", "lora_B")}
+    linears = [n.removesuffix(".base_layer") for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    leaves = sorted({name.split(".")[-1] for name in layers})
+    complete = {n for n in linears if n.split(".")[-1] in leaves} == set(layers)            # else last parts would name too many
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "r": rank, "lora_alpha": alpha,
+              "target_modules": leaves if complete else list(layers), "lora_dropout": 0.0, "bias": "none", "inference_mode": True}
+    write_tensors(directory / "adapter_model.safetensors", tensors)
+    write_json(directory / "adapter_config.json", config)
+    write_json(directory / "nalora.json", {"settings": settings, "base": fingerprint({n: l.base_layer for n, l in layers.items()})})
+
+
+def load_adapter(model, directory):
+    """Loads an adapter that save_adapter or PEFT wrote, injecting LoRA where there is none yet. Returns the module names.
+
+    ValueError, with nothing changed, if a file is missing or broken, the adapter is more than plain LoRA, or its modules, shapes,
+    rank, alpha or base model are not this model's.
+    """
+    directory = Path(directory)
+    config, tensors = read_json(directory / "adapter_config.json"), read_tensors(directory / "adapter_model.safetensors")
+    more = [k for k in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out") if config.get(k)]
+    if more or config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or not {"r", "lora_alpha"} <= set(config):
+        raise ValueError(f"{directory} holds no plain LoRA adapter (see {more[0] if more else 'peft_type, bias, r, lora_alpha'} in adapter_config.json).")
+    rank, alpha = config["r"], config["lora_alpha"]
+    linears = {n.removesuffix(".base_layer"): m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    key, names = "base_model.model.{}.{}.weight".format, {k.removeprefix("base_model.model.").rpartition(".lora_")[0] for k in tensors}
+    fits = {key(n, part): shape for n in names & set(linears)
+            for part, shape in (("lora_A", (rank, linears[n].in_features)), ("lora_B", (linears[n].out_features, rank)))}
+    if not tensors or {k: tuple(t.shape) for k, t in tensors.items()} != fits:
+        raise ValueError(f"The adapter in {directory} (rank {rank}) does not fit this model: other module names or shapes, so another base.")
+    present = {n: (m.rank, m.alpha) for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+    if present and present != dict.fromkeys(names, (rank, alpha)):
+        raise ValueError(f"The adapter in {directory} (rank {rank}, alpha {alpha}, {len(names)} modules) differs from the LoRA already in the model.")
+    if (directory / "nalora.json").exists():
+        saved, here = read_json(directory / "nalora.json").get("base", {}), fingerprint({n: linears[n] for n in names})
+        if any(not math.isclose(saved.get(n, here[n]), here[n], rel_tol=0.01) for n in names):
+            raise ValueError(f"The adapter in {directory} was trained on another base model: the weights differ from those of this one.")
+    if not present:
+        inject_lora(model, names, rank, alpha)
+    with torch.no_grad():
+        for name, layer in lora_layers(model).items():
+            layer.lora_A.copy_(tensors[key(name, "lora_A")])
+            layer.lora_B.copy_(tensors[key(name, "lora_B")])
+    return list(lora_layers(model))
+
+
+def fingerprint(linears):
+    """{name: norm of the weight's first row}: within 1 % equal for the same base in any dtype, and hardly for another base."""
+    return {name: linear.weight[0].detach().float().norm().item() for name, linear in linears.items()}
+
+
+def write_whole(path, save):
+    """Calls save(a temporary path) and renames the result to `path`: whatever happens, `path` is the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        save(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    write_whole(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
+
+
+def write_tensors(path, tensors):
+    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
+
+
+def read_json(path):
+    """The object in a JSON file, a dict. ValueError names a file that is missing, broken or something else."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as e:
+        raise ValueError(f"{path} cannot be read as a JSON object: {e}") from None
+
+
+def read_tensors(path):
+    """{name: tensor} of a safetensors file. ValueError names a file that is missing, truncated or something else."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as e:
+        raise ValueError(f"{path} cannot be read as safetensors: {e}") from None
+
+
+def read_weights(directory):
+    """All tensors of a checkpoint directory: model.safetensors, or else the shards that model.safetensors.index.json names."""
+    index = directory / "model.safetensors.index.json"
+    if (directory / "model.safetensors").exists() or not index.exists():
+        return read_tensors(directory / "model.safetensors")
+    shards = set(read_json(index).get("weight_map", {}).values())
+    if any(Path(shard).name != shard for shard in shards):
+        raise ValueError(f"{index} names a shard outside its own directory: it is not a checkpoint's index.")
+    return {key: tensor for shard in sorted(shards) for key, tensor in read_tensors(directory / shard).items()}

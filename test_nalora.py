@@ -1,0 +1,711 @@
+"""The executable specification of nalora.py and train_tiny.py, in their order. Run: pytest. Offline, CPU, under two minutes."""
+import copy
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+import nalora
+import train_tiny
+from nalora import (ACTIVATIONS, Llama, LlamaConfig, LoRALinear, NALoRA, NALoRAConfig, activation_parts, coarse_partition,
+                    effective_homogeneity, homogeneity, importance_mask, inject_lora, load_adapter, lora_parameters, merge_lora,
+                    save_adapter, selection_entropy, selection_misalignment, selection_weight, step_scale)
+
+HERE = Path(__file__).resolve().parent
+FFN = ["gate_proj", "up_proj", "down_proj"]
+SMALL = LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                    max_position_embeddings=64)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def small_llama(seed=0, **changes):
+    torch.manual_seed(seed)
+    return Llama(replace(SMALL, initializer_range=0.2, **changes))
+
+
+def batch(seed, shape=(4, 15), vocab=61):
+    tokens = torch.randint(vocab, (shape[0], shape[1] + 1), generator=torch.Generator().manual_seed(seed))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def lora_llama(targets=FFN, seed=0, **changes):
+    model = small_llama(seed, **changes)
+    inject_lora(model, targets, rank=4, alpha=8)
+    return model
+
+
+def start(config=None, model=None, optimizer=torch.optim.AdamW, **settings):
+    """(model, optimizer, NALoRA or None) with lora_B away from zero, so that every gradient is alive."""
+    model = model or lora_llama()
+    torch.manual_seed(1)
+    for p in lora_parameters(model)[1::2]:
+        nn.init.normal_(p, std=0.02)
+    opt = optimizer(lora_parameters(model), **{"lr": 1e-2, **settings})
+    return model, opt, None if config is None else NALoRA(model, opt, config)
+
+
+def take_step(model, opt, seed):
+    loss = model(*batch(seed))[1]
+    loss.backward()
+    opt.step()
+    opt.zero_grad()
+    return loss.item()
+
+
+def snapshot(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ---- 1. mathematics -----------------------------------------------------------------------------------------------------------------
+
+Z = torch.linspace(-6, 6, 24001, dtype=torch.float64)
+NORMAL = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), 1)
+SIGMOID = torch.sigmoid
+INNER, INNER_SLOPE = math.sqrt(2 / math.pi) * (Z + 0.044715 * Z**3), math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * Z**2)
+# activation: (rho, phi') in closed form
+CLOSED_FORMS = {"silu": (SIGMOID(Z), SIGMOID(Z) * (1 + Z * (1 - SIGMOID(Z)))),
+                "gelu": (NORMAL.cdf(Z), NORMAL.cdf(Z) + Z * NORMAL.log_prob(Z).exp()),
+                "gelu_pytorch_tanh": (0.5 * (1 + INNER.tanh()), 0.5 * (1 + INNER.tanh()) + 0.5 * Z * (1 - INNER.tanh()**2) * INNER_SLOPE),
+                "quick_gelu": (SIGMOID(1.702 * Z), SIGMOID(1.702 * Z) * (1 + 1.702 * Z * (1 - SIGMOID(1.702 * Z)))),
+                "relu": ((Z > 0).double(), (Z > 0).double())}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_closed_forms(name):
+    rho, slope = CLOSED_FORMS[name]
+    phi, slope_by_autograd, rho_by_division = activation_parts(ACTIVATIONS[name], Z)
+    torch.testing.assert_close(phi, Z * rho, atol=1e-12, rtol=0)
+    torch.testing.assert_close(slope_by_autograd, slope, atol=1e-10, rtol=0)
+    torch.testing.assert_close(rho_by_division, rho, atol=1e-10, rtol=0)
+    on = (phi != 0) & (Z != 0)
+    torch.testing.assert_close(homogeneity(ACTIVATIONS[name], Z)[on], (slope / rho)[on], atol=1e-7, rtol=1e-7)
+
+
+@pytest.mark.parametrize("name, zero, top, top_at", [("silu", -1.2785, 1.2785, 1.2785), ("gelu", -0.752, 1.2945, 0.84), ("quick_gelu", -0.751, 1.2785, 0.751)])
+def test_known_points_of_kappa(name, zero, top, top_at):
+    kappa = homogeneity(ACTIVATIONS[name], Z)
+    assert abs(Z[kappa.abs().argmin()].item() - zero) < 1e-3
+    assert abs(kappa.max().item() - top) < 1e-4 and abs(Z[kappa.argmax()].item() - top_at) < 5e-3
+    assert torch.equal(kappa > 1, Z > 0)                            # the coarse partition is the sign of z
+
+
+def test_silu_slope_range():
+    slope = activation_parts(F.silu, Z)[1]
+    assert abs(slope.min().item() + 0.0998) < 1e-4 and abs(slope.max().item() - 1.0998) < 1e-4
+
+
+def test_a_gate_step_moves_features_and_selection():
+    z, delta = Z[::100], 1e-4
+    phi, slope, rho = activation_parts(F.silu, z)
+    moved = F.silu(z + delta) - phi
+    features, selection = rho * delta, (slope - rho) * delta        # z rho' = phi' - rho
+    assert (moved - features - selection).abs().max() < delta**2
+    at = z != 0
+    torch.testing.assert_close((selection / features)[at], homogeneity(F.silu, z)[at] - 1, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("act, degree", [(lambda z: 3 * z, 1), (F.relu, 1), (lambda z: F.relu(z)**2, 2), (lambda z: z**3, 3)])
+def test_homogeneous_activations_have_their_degree(act, degree):
+    assert effective_homogeneity(act, Z).item() == pytest.approx(degree, abs=1e-12)
+    assert (homogeneity(act, Z[Z > 0]) - degree).abs().max() < 1e-12
+
+
+def test_k_hat_is_the_least_squares_degree():
+    z = torch.randn(50, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    phi, slope, _ = activation_parts(F.silu, z)
+    solution = np.linalg.lstsq(phi.reshape(-1, 1).numpy(), (z * slope).reshape(-1).numpy(), rcond=None)[0]
+    assert effective_homogeneity(F.silu, z).item() == pytest.approx(solution.item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_extreme_gates_stay_finite(dtype):
+    z = torch.tensor([-1e4, -200, -50, -1e-6, 0, 1e-6, 50, 200, 1e4]).to(dtype)
+    for act in ACTIVATIONS.values():
+        for value in (homogeneity(act, z), selection_weight(act, z), effective_homogeneity(act, z), effective_homogeneity(act, z * 0)):
+            assert value.isfinite().all()
+    assert effective_homogeneity(F.silu, z * 0) == 1
+
+
+def test_partition_and_its_degenerate_cases():
+    mixed = torch.tensor([-2.0, -1.0, 1.0, 3.0])
+    assert coarse_partition(F.silu, mixed)[0] == 0.5
+    assert [bool(coarse_partition(act, mixed)[1]) for act in (F.silu, F.gelu, F.relu, lambda z: 2 * z)] == [False, False, True, True]
+    assert coarse_partition(F.silu, torch.arange(1.0, 100))[1] and coarse_partition(F.silu, -torch.arange(1.0, 100))[1]
+    k, flag = torch.tensor([0.1, 0.8, 1.0, 1.6, 9.0, 0.8, -1.0]), torch.tensor([0, 0, 0, 0, 0, 1, 0], dtype=torch.bool)
+    torch.testing.assert_close(step_scale(k, flag), torch.tensor([2, 1.25, 1, 0.625, 0.5, 1, 2]))
+
+
+@pytest.mark.parametrize("keep, width, kept", [(0.5, 10, 5), (0.1, 30, 3), (0.01, 30, 1), (1, 30, 30), (0.34, 3, 2)])
+def test_importance_mask(keep, width, kept):
+    importance = torch.rand(width, generator=torch.Generator().manual_seed(0))
+    mask = importance_mask(importance, keep)
+    assert mask.sum() == kept and (kept == width or importance[mask].min() >= importance[~mask].max())
+    assert importance_mask(torch.ones(width), keep).tolist() == [True] * kept + [False] * (width - kept)
+
+
+# ---- 2. LoRA ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_lora_starts_as_an_exact_no_op_and_adds_its_update():
+    model, (tokens, _) = small_llama(), batch(0)
+    before = model(tokens)[0]
+    names = inject_lora(model, ["q_proj", *FFN], rank=3, alpha=12)
+    assert torch.equal(before, model(tokens)[0])
+    layer = model.get_submodule(names[0])
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(5, 32)
+    torch.testing.assert_close(layer(x), F.linear(x, layer.base_layer.weight + 12 / 3 * layer.lora_B @ layer.lora_A))
+    assert layer.lora_A.abs().max() <= 1 / math.sqrt(32) and layer.lora_A.std() > 0.5 / math.sqrt(32)
+
+
+def test_exactly_the_adapters_train_and_the_base_keeps_its_bits():
+    model, opt, _ = start(NALoRAConfig(), lora_llama(["q_proj", "mlp.gate_proj"]))
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {f"model.layers.{i}.{m}.lora_{x}" for i in (0, 1) for m in ("self_attn.q_proj", "mlp.gate_proj") for x in "AB"}
+    base = {name: p.clone() for name, p in model.named_parameters() if name not in trainable}
+    for i in range(3):
+        take_step(model, opt, i)
+    assert equal(base, {name: p for name, p in model.named_parameters() if name not in trainable})
+
+
+def test_float32_adapters_on_a_bfloat16_base():
+    model = lora_llama()
+    model = Llama(SMALL).bfloat16()
+    inject_lora(model, FFN, 4, 8)
+    assert {p.dtype for p in lora_parameters(model)} == {torch.float32}
+    model, opt, tool = start(NALoRAConfig(), model)
+    logits, loss = model(*batch(0))
+    assert logits.dtype == torch.bfloat16
+    take_step(model, opt, 0)
+    assert all(s["importance"].dtype == torch.float32 for s in tool.statistics().values())
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_merge(dtype, tolerance):
+    model, opt, _ = start(None, lora_llama(["q_proj", *FFN]))
+    take_step(model, opt, 0)
+    model, (tokens, _) = model.to(dtype), batch(1)
+    expected = {n: m.base_layer.weight + m.scaling * m.lora_B @ m.lora_A for n, m in nalora.lora_layers(model).items()}
+    before = model(tokens)[0]
+    assert merge_lora(model) == list(expected)
+    for name, weight in expected.items():
+        assert torch.equal(model.get_submodule(name).weight, weight)
+    assert (model(tokens)[0] - before).abs().max() < tolerance
+    assert set(model.state_dict()) == set(small_llama().state_dict())
+    with pytest.raises(ValueError, match="merged already"):
+        merge_lora(model)
+
+
+def test_merge_refuses_a_tied_weight():
+    model = small_llama(tie_word_embeddings=True)
+    inject_lora(model, ["lm_head", "q_proj"], 4, 8)
+    with pytest.raises(ValueError, match="lm_head is tied"):
+        merge_lora(model)
+    assert len(nalora.lora_layers(model)) == 3
+
+
+@pytest.mark.parametrize("targets, rank, message", [(["q_prj"], 4, "'q_prj' matches no linear layer; there are down_proj, gate_proj"), ([], 4, "No targets"),
+                                                    (["q_proj"], 0, "rank is 0"), (["q_proj"], 33, "from 1 to 32"), (["q_proj"], 2.0, "rank is 2.0"),
+                                                    (["roj"], 4, "matches no")])
+def test_inject_refuses(targets, rank, message):
+    model = small_llama()
+    with pytest.raises(ValueError, match=message):
+        inject_lora(model, targets, rank, 8)
+    assert all(p.requires_grad for p in model.parameters()) and not any(isinstance(m, LoRALinear) for m in model.modules())
+
+
+def test_inject_twice_is_refused():
+    with pytest.raises(ValueError, match="carries LoRA already"):
+        inject_lora(lora_llama(), FFN, 4, 8)
+
+
+# ---- 3. NA-LoRA ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_put_back_bit_for_bit_or_take_exactly_loras_step():
+    plain, masked = start(weight_decay=0.1), start(NALoRAConfig(scale="none", keep=0.3), weight_decay=0.1)
+    for i in range(4):
+        before = snapshot(masked[0])
+        plain[0].load_state_dict(masked[0].state_dict())            # same parameters, and both optimizers saw the same gradients
+        take_step(*plain[:2], i), take_step(*masked[:2], i)
+        stepped, now = snapshot(plain[0]), snapshot(masked[0])
+        for name, statistics in masked[2].statistics().items():
+            B, rows = f"{name}.gate_proj.lora_B", statistics["mask"]
+            assert rows.sum() == math.ceil(0.3 * 48)
+            assert torch.equal(now[B][~rows], before[B][~rows]) and torch.equal(now[B][rows], stepped[B][rows])
+            assert not torch.equal(now[B], stepped[B])
+        others = [n for n in now if not n.endswith("gate_proj.lora_B")]
+        assert others and all(torch.equal(now[n], stepped[n]) for n in others)
+
+
+@pytest.mark.parametrize("config", [NALoRAConfig(keep=1, scale="none"), NALoRAConfig(mask="none", scale="none"),
+                                    NALoRAConfig(keep=1, scale="none", budget="neutral"), NALoRAConfig(mask="random", keep=1, scale="none")])
+def test_switched_off_it_is_lora_bit_for_bit(config):
+    plain, tool = start(weight_decay=0.1), start(config, weight_decay=0.1)
+    for i in range(20):
+        assert take_step(*plain[:2], i) == take_step(*tool[:2], i)
+    assert equal(snapshot(plain[0]), snapshot(tool[0]))
+
+
+def test_what_is_off_hooks_nothing():
+    count = lambda config: len(start(config)[2]._handles)
+    assert count(NALoRAConfig(mask="none", scale="none")) == 0
+    assert count(NALoRAConfig(mask="random", scale="none")) == 2    # the optimizer's step, no gate
+    assert count(NALoRAConfig()) == 4
+
+
+def test_statistics_are_those_of_the_step():
+    model, opt, tool = start(NALoRAConfig(stride=1, ema=0.8))
+    gates = {}
+    for name, m in model.named_modules():
+        if name.endswith("gate_proj"):
+            m.register_forward_hook(lambda m, i, z, name=name: gates.__setitem__(name.removesuffix(".gate_proj"), z.detach().flatten(0, 1)))
+    importance = dict.fromkeys(("model.layers.0.mlp", "model.layers.1.mlp"), 0)
+    assert all(math.isnan(s["k_hat"]) and s["scale"] == 1 and s["mask"].all() for s in tool.statistics().values())
+    for i in range(3):
+        take_step(model, opt, i)
+        assert tool.statistics().keys() == gates.keys() == importance.keys()
+        for name, s in tool.statistics().items():
+            z = gates[name]
+            importance[name] = 0.8 * importance[name] + 0.2 * activation_parts(F.silu, z)[1].abs().mean(0)
+            torch.testing.assert_close(s["importance"], importance[name])
+            assert torch.equal(s["mask"], importance_mask(s["importance"], 0.5))
+            k_hat, (occupancy, degenerate) = effective_homogeneity(F.silu, z), coarse_partition(F.silu, z)
+            assert s["k_hat"] == pytest.approx(k_hat.item()) and s["occupancy"] == pytest.approx(occupancy.item())
+            assert s["scale"] == pytest.approx(step_scale(k_hat, degenerate).item())
+
+
+@pytest.mark.parametrize("scale", ["homogeneity", "uniform"])
+@pytest.mark.parametrize("mask", ["none", "derivative"])
+def test_the_step_of_every_ffn_pair_is_scaled(mask, scale):
+    plain, tool = start(), start(NALoRAConfig(mask=mask, scale=scale))
+    before = snapshot(plain[0])
+    take_step(*plain[:2], 0), take_step(*tool[:2], 0)
+    stepped, now, statistics = snapshot(plain[0]), snapshot(tool[0]), tool[2].statistics()
+    for name in now:
+        s = statistics[name.rsplit(".", 2)[0]]
+        rows = s["mask"][:, None] if name.endswith("gate_proj.lora_B") else 1
+        torch.testing.assert_close(now[name], before[name] + s["scale"] * rows * (stepped[name] - before[name]))
+    scales = [s["scale"] for s in statistics.values()]
+    assert (scales[0] == scales[1] != 1) == (scale == "uniform")
+
+
+def test_neutral_budget_keeps_the_mean_step():
+    runs = {budget: start(NALoRAConfig(keep=0.25, budget=budget)) for budget in ("raw", "neutral")}
+    for model, opt, _ in runs.values():
+        take_step(model, opt, 0)
+    scales = {budget: torch.tensor([s["scale"] for s in tool.statistics().values()]) for budget, (_, _, tool) in runs.items()}
+    torch.testing.assert_close(scales["neutral"], scales["raw"] / scales["raw"].log().mean().exp())
+    for state in runs["neutral"][2]._state.values():
+        rows = runs["neutral"][2]._row_weight(state["importance"], state["mask"])
+        assert rows.mean().item() == pytest.approx(1) and rows.max().item() == pytest.approx(4)
+
+
+def test_soft_mask_weights_rows_by_importance():
+    plain, soft = start(), start(NALoRAConfig(soft=True, scale="none"))
+    before = snapshot(plain[0])
+    take_step(*plain[:2], 0), take_step(*soft[:2], 0)
+    for name, s in soft[2].statistics().items():
+        B = f"{name}.gate_proj.lora_B"
+        weight = (s["importance"] / s["importance"].mean())[:, None]
+        torch.testing.assert_close(snapshot(soft[0])[B], before[B] + weight * (snapshot(plain[0])[B] - before[B]))
+
+
+def test_random_and_inverted_controls():
+    _, opt, tool = runs = start(NALoRAConfig(mask="random", keep=0.25, seed=3))
+    masks = [s["mask"] for s in tool.statistics().values()]
+    take_step(runs[0], opt, 0)
+    assert all(m.sum() == 12 for m in masks) and not torch.equal(*masks)
+    assert all(torch.equal(m, s["mask"]) for m, s in zip(masks, tool.statistics().values()))
+    other = start(NALoRAConfig(mask="random", keep=0.25, seed=4))[2].statistics()
+    assert not torch.equal(masks[0], next(iter(other.values()))["mask"])
+    (model, opt, tool), (model_i, opt_i, inverted) = start(NALoRAConfig()), start(NALoRAConfig(mask="inverted"))
+    take_step(model, opt, 0), take_step(model_i, opt_i, 0)
+    for s, t in zip(tool.statistics().values(), inverted.statistics().values()):
+        assert torch.equal(s["importance"], t["importance"]) and torch.equal(s["mask"], ~t["mask"])
+
+
+def test_score_rho_prime():
+    z = torch.cat([torch.linspace(-4, 4, 801, dtype=torch.float64), torch.tensor([1e-9, -1e-9])])[:, None]
+    scores = nalora.gate_sums(F.silu, z.repeat(1, 2), score="rho_prime")[0] / len(z)
+    assert scores.item() == pytest.approx((SIGMOID(z) * (1 - SIGMOID(z))).mean().item(), abs=1e-4)
+
+
+def test_microbatches_equal_one_batch():
+    (model, opt, whole), (model_m, opt_m, parts) = start(NALoRAConfig(stride=1)), start(NALoRAConfig(stride=1))
+    for i in range(3):
+        take_step(model, opt, i)
+        tokens, targets = batch(i)
+        for j in range(4):
+            (model_m(tokens[j:j + 1], targets[j:j + 1])[1] / 4).backward()
+        opt_m.step(), opt_m.zero_grad()
+    for a, b in zip(whole.statistics().values(), parts.statistics().values()):
+        torch.testing.assert_close(a["importance"], b["importance"])
+        assert torch.equal(a["mask"], b["mask"]) and a["k_hat"] == pytest.approx(b["k_hat"]) and a["scale"] == pytest.approx(b["scale"])
+    for name, p in snapshot(model).items():
+        torch.testing.assert_close(p, snapshot(model_m)[name], atol=1e-5, rtol=1e-3)
+
+
+def test_token_mask_leaves_padding_out():
+    (model, opt, short), (model_p, opt_p, padded) = start(NALoRAConfig(stride=1)), start(NALoRAConfig(stride=1))
+    tokens, targets = batch(0)
+    model(tokens, targets)[1].backward(), opt.step()
+    padding = torch.zeros(4, 6, dtype=torch.long)
+    padded.token_mask = torch.cat([torch.ones_like(tokens), padding], 1)
+    model_p(torch.cat([tokens, padding], 1), torch.cat([targets, padding - 100], 1))[1].backward(), opt_p.step()
+    for a, b in zip(short.statistics().values(), padded.statistics().values()):
+        torch.testing.assert_close(a["importance"], b["importance"])
+        assert a["k_hat"] == pytest.approx(b["k_hat"], rel=1e-5) and a["occupancy"] == pytest.approx(b["occupancy"])
+    with pytest.raises(ValueError, match=r"token_mask is \(4, 21\) but the gates see tokens \(4, 15\)"):
+        model_p(tokens, targets)
+
+
+def test_stride_observes_every_nth_token():
+    runs = {stride: start(NALoRAConfig(stride=stride)) for stride in (1, 7)}
+    tokens, targets = torch.randint(61, (1, 8)).repeat(7, 1).T.reshape(1, 56), torch.randint(61, (1, 56))
+    for model, opt, tool in runs.values():
+        model.model.layers[0].self_attn.o_proj.weight.data.zero_()  # layer 0 then sees the token alone, not its place
+        model(tokens, targets)[1].backward(), opt.step()
+    a, b = (next(iter(tool.statistics().values())) for _, _, tool in runs.values())
+    torch.testing.assert_close(a["importance"], b["importance"])    # each token stands 7 times in a row: one of each is enough
+    assert a["k_hat"] == pytest.approx(b["k_hat"], rel=1e-5)
+
+
+def test_evaluation_leaves_no_trace():
+    (model, opt, tool), (model_e, opt_e, tool_e) = start(NALoRAConfig()), start(NALoRAConfig())
+    for i in range(3):
+        with torch.no_grad():
+            model_e(*batch(100 + i))                                # no gradient
+        model_e.eval()
+        model_e(*batch(200 + i))                                    # evaluation mode
+        model_e.generate(batch(0)[0], 3)
+        model_e.train()
+        assert take_step(model, opt, i) == take_step(model_e, opt_e, i)
+    assert equal(snapshot(model), snapshot(model_e))
+
+
+@pytest.mark.parametrize("config", [NALoRAConfig(), NALoRAConfig(mask="random", seed=5), NALoRAConfig(scale="uniform", mask="none")])
+def test_state_dict_round_trip(config):
+    model, opt, tool = start(config)
+    take_step(model, opt, 0)
+    state = tool.state_dict()
+    model_n, opt_n, tool_n = start(config, lora_llama(seed=0))
+    model_n.load_state_dict(model.state_dict()), opt_n.load_state_dict(copy.deepcopy(opt.state_dict())), tool_n.load_state_dict(state)
+    for i in range(1, 4):
+        take_step(model, opt, i), take_step(model_n, opt_n, i)
+    assert equal(snapshot(model), snapshot(model_n))
+    assert all(equal(s, tool_n.state_dict()["ffns"][name]) for name, s in tool.state_dict()["ffns"].items())
+    with pytest.raises(ValueError, match="was made with"):
+        start(NALoRAConfig(keep=0.123))[2].load_state_dict(state)
+    with pytest.raises(ValueError, match="another model"):
+        start(config, lora_llama(num_hidden_layers=1))[2].load_state_dict(state)
+
+
+def test_remove_gives_lora_back():
+    plain, tool = start(), start(NALoRAConfig())
+    tool[2].remove()
+    for i in range(3):
+        take_step(*plain[:2], i), take_step(*tool[:2], i)
+    assert equal(snapshot(plain[0]), snapshot(tool[0]))
+
+
+def test_a_step_skipped_by_a_fused_optimizer_advances_nothing():
+    model, opt, tool = start(NALoRAConfig())
+    take_step(model, opt, 0)
+    before, parameters = tool.state_dict(), snapshot(model)
+    opt.found_inf = torch.tensor(1.0)                               # what GradScaler sets; a fused kernel then changes nothing
+    model(*batch(1))[1].backward()
+    opt.zero_grad()
+    opt.step()
+    del opt.found_inf
+    assert all(equal(before["ffns"][n], s) for n, s in tool.state_dict()["ffns"].items()) and equal(parameters, snapshot(model))
+
+
+@pytest.mark.parametrize("spoil", ["padding", "overflow"])
+def test_useless_statistics_change_nothing(spoil):
+    model, opt, tool = start(NALoRAConfig())
+    take_step(model, opt, 0)
+    before = tool.state_dict()["ffns"]
+    if spoil == "padding":
+        tool.token_mask = torch.zeros(4, 15)
+    else:
+        model.model.layers[1].mlp.gate_proj.base_layer.weight.data[0, 0] = math.inf
+    model(*batch(1))[1].backward()
+    opt.zero_grad(), opt.step()
+    assert all(equal(before[n], s) for n, s in tool.state_dict()["ffns"].items())
+
+
+def test_it_warns_when_it_saw_no_gate():
+    model, opt, tool = start(NALoRAConfig())
+    model.eval()
+    with pytest.warns(UserWarning, match="saw no gate"):
+        take_step(model, opt, 0)
+
+
+def test_sgd_and_low_precision_adapters():
+    for optimizer in (torch.optim.SGD, torch.optim.Adam):
+        model, opt, tool = start(NALoRAConfig(scale="none"), lora_llama().bfloat16(), optimizer)
+        before = snapshot(model)
+        take_step(model, opt, 0)
+        for name, s in tool.statistics().items():
+            B = f"{name}.gate_proj.lora_B"
+            same = (snapshot(model)[B] == before[B]).all(1)
+            assert same[~s["mask"]].all() and not same[s["mask"]].all()
+
+
+def test_nalora_refuses():
+    model = lora_llama(["q_proj", "up_proj"])
+    with pytest.raises(ValueError, match="No gated FFN here has LoRA"):
+        NALoRA(model, torch.optim.AdamW(lora_parameters(model)))
+    with pytest.raises(ValueError, match="No gated FFN here has LoRA"):
+        NALoRA(small_llama(), torch.optim.AdamW(model.parameters()))
+    model = lora_llama()
+    with pytest.raises(ValueError, match="optimizer does not hold"):
+        NALoRA(model, torch.optim.AdamW(lora_parameters(model)[:3]))
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("setting, message", [({"keep": 0}, "keep is 0"), ({"keep": 1.5}, "keep is 1.5"), ({"keep": math.nan}, "keep is nan"),
+                                              ({"ema": 1.0}, "ema is 1.0"), ({"mask": "top"}, "mask is 'top'"), ({"scale": None}, "scale is None"),
+                                              ({"budget": "free"}, "budget"), ({"score": "phi"}, "score"), ({"stride": 0}, "stride is 0"),
+                                              ({"soft": True, "mask": "random"}, "soft weights rows"), ({"scale": "uniform", "budget": "neutral"}, "exactly 1")])
+def test_config_refuses(setting, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        NALoRAConfig(**setting)
+
+
+# ---- 4. measures --------------------------------------------------------------------------------------------------------------------
+
+
+def test_selection_misalignment():
+    logit = lambda rho: torch.logit(torch.tensor(rho, dtype=torch.float64))     # SiLU: rho = sigmoid(z), so z is chosen by its rho
+    base, full = logit([[0.2, 0.5], [0.7, 0.4]]), logit([[0.5, 0.5], [0.7, 0.8]])           # full fine-tuning moves rho by (0.3, 0.4): norm 0.5
+    assert selection_misalignment(F.silu, full, full, base) == 0
+    assert selection_misalignment(F.silu, base, full, base).item() == pytest.approx(1)
+    assert selection_misalignment(F.silu, logit([[0.2, 0.5], [0.7, 0.8]]), full, base).item() == pytest.approx(0.6)
+    with pytest.raises(ValueError, match="moved no selection"):
+        selection_misalignment(F.silu, full, base, base)
+
+
+def test_selection_entropy():
+    assert selection_entropy(F.silu, torch.ones(3, 8)).item() == pytest.approx(1)
+    one_open = torch.full((3, 8), -1000.0)
+    one_open[:, 2] = 3
+    assert selection_entropy(F.silu, one_open).item() == pytest.approx(0, abs=1e-6)
+    two_open = one_open.clone()
+    two_open[:, 5] = 3
+    assert selection_entropy(F.silu, two_open).item() == pytest.approx(math.log(2) / math.log(8))
+
+
+# ---- 5. the Llama -------------------------------------------------------------------------------------------------------------------
+
+
+def test_rotation_is_a_complex_phase_and_depends_on_distance_alone():
+    config = replace(SMALL, head_dim=8)
+    cos, sin = nalora.rotary_tables(config, 3, 10, "cpu")
+    x = torch.randn(2, 4, 10, 8)
+    phase = torch.polar(torch.ones(10, 4), torch.outer(torch.arange(3.0, 13), 10000.0 ** -(torch.arange(4) / 4)))
+    turned = torch.complex(x[..., :4], x[..., 4:]) * phase
+    torch.testing.assert_close(nalora.rotate(x, cos, sin), torch.cat([turned.real, turned.imag], -1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1, "tie_word_embeddings": True, "head_dim": 6}])
+def test_cached_generation_equals_uncached(changes):
+    model, (tokens, _) = small_llama(**changes).eval(), batch(0, (3, 7))
+    out = model.generate(tokens, 9)
+    plain = tokens
+    for _ in range(9):
+        plain = torch.cat([plain, model(plain)[0][:, -1:].argmax(-1)], 1)
+    assert torch.equal(out, plain)
+
+
+def test_attention_is_causal():
+    model, (tokens, _) = small_llama().eval(), batch(0)
+    changed = tokens.clone()
+    changed[:, 9:] = (changed[:, 9:] + 1) % 61
+    a, b = model(tokens)[0], model(changed)[0]
+    assert torch.equal(a[:, :9], b[:, :9]) and not torch.allclose(a[:, 9:], b[:, 9:])
+
+
+def test_sampling_stop_and_context():
+    model, (tokens, _) = small_llama().eval(), batch(0, (3, 7))
+    assert torch.equal(model.generate(tokens, 5, temperature=0.7, top_k=1), model.generate(tokens, 5))
+    draw = lambda seed, **kw: model.generate(tokens, 20, temperature=2.0, generator=torch.Generator().manual_seed(seed), **kw)
+    assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1)) and not torch.equal(draw(0), draw(0, top_k=2))
+    first = model.generate(tokens, 1)[:, -1]
+    out = model.generate(tokens, 20, stop=first[0].item())
+    row = out[0, 7:]
+    assert (row == first[0]).all()
+    assert torch.equal(model.generate(tokens[:1], 20, stop=first[0].item())[0, 7:], first[:1])
+    with pytest.raises(ValueError, match="exceed the context of 64"):
+        model.generate(tokens, 58)
+    with pytest.raises(ValueError, match="65 tokens exceeds the context"):
+        model(torch.zeros(1, 65, dtype=torch.long))
+
+
+def test_loss_is_the_mean_over_targets():
+    model, (tokens, targets) = small_llama(), batch(0)
+    targets = targets.clone()
+    targets[:, :5] = -100
+    logits, loss = model(tokens, targets)
+    full = model(tokens)[0]
+    torch.testing.assert_close(logits, full[targets != -100])
+    torch.testing.assert_close(loss, F.cross_entropy(full.flatten(0, 1), targets.flatten(), ignore_index=-100))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_checkpoint_round_trip_and_shards(tmp_path, tied):
+    model, (tokens, _) = small_llama(tie_word_embeddings=tied), batch(0)
+    model.save_pretrained(tmp_path / "whole")
+    again = Llama.from_pretrained(tmp_path / "whole")
+    assert again.config == model.config and equal(model.state_dict(), again.state_dict())
+    assert sorted(os.listdir(tmp_path / "whole")) == ["config.json", "model.safetensors"]
+    weights = load_file(tmp_path / "whole" / "model.safetensors")
+    assert ("lm_head.weight" in weights) != tied
+    (tmp_path / "shards").mkdir()
+    names = sorted(weights)
+    for i, part in enumerate((names[:7], names[7:])):
+        save_file({k: weights[k] for k in part}, tmp_path / "shards" / f"model-{i}.safetensors")
+    index = {"weight_map": {k: f"model-{int(k in names[7:])}.safetensors" for k in names}}
+    (tmp_path / "shards" / "model.safetensors.index.json").write_text(json.dumps(index))
+    shutil.copy(tmp_path / "whole" / "config.json", tmp_path / "shards")
+    assert torch.equal(Llama.from_pretrained(tmp_path / "shards")(tokens)[0], model(tokens)[0])
+    index["weight_map"][names[0]] = "../whole/model.safetensors"
+    (tmp_path / "shards" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="outside its own directory"):
+        Llama.from_pretrained(tmp_path / "shards")
+
+
+def test_config_reads_both_rope_spellings():
+    d = {**asdict(SMALL), "model_type": "llama", "torch_dtype": "float32", "rope_theta": 5e5, "rope_scaling": None, "attention_bias": False}
+    assert LlamaConfig.from_dict(d) == replace(SMALL, rope_theta=5e5)
+    del d["rope_theta"]
+    assert LlamaConfig.from_dict({**d, "rope_parameters": {"rope_theta": 7e5, "rope_type": "default"}}) == replace(SMALL, rope_theta=7e5)
+
+
+@pytest.mark.parametrize("change, named", [({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"), ({"sliding_window": 512}, "sliding_window"),
+                                           ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "rope_scaling = 'llama3'"), ({"model_type": "gemma"}, "model_type"),
+                                           ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"), ({"hidden_act": "tanh"}, "tanh"),
+                                           ({"quantization_config": {"bits": 4}}, "quantization_config"), ({"num_key_value_heads": 3}, "num_key_value_heads"),
+                                           ({"attention_dropout": 0.1}, "attention_dropout"), ({"vocab_size": None}, "vocab_size")])
+def test_config_refuses_by_name_what_it_cannot_honour(change, named):
+    d = {k: v for k, v in {**asdict(SMALL), **change}.items() if not (k == "vocab_size" and v is None)}
+    with pytest.raises(ValueError, match=re.escape(named)):
+        LlamaConfig.from_dict(d)
+
+
+def test_broken_checkpoints_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="config.json cannot be read"):
+        Llama.from_pretrained(tmp_path / "none")
+    model = small_llama()
+    model.save_pretrained(tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    for part in range(16):
+        (tmp_path / "model.safetensors").write_bytes(whole[:len(whole) * part // 16])
+        with pytest.raises(ValueError, match="model.safetensors cannot be read"):
+            Llama.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(whole)
+    (tmp_path / "config.json").write_text(json.dumps({**json.loads((tmp_path / "config.json").read_text()), "num_hidden_layers": 3}))
+    with pytest.raises(ValueError, match=r"model.layers.2\S+ is missing"):
+        Llama.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="lacks vocab_size"):
+        Llama.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="carries LoRA"):
+        lora_llama().save_pretrained(tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
+# ---- 6. adapters --------------------------------------------------------------------------------------------------------------------
+
+
+def trained_lora(targets=FFN, **changes):
+    model, opt, _ = start(None, lora_llama(targets, **changes))
+    take_step(model, opt, 0)
+    return model
+
+
+def test_adapter_round_trip(tmp_path):
+    model, (tokens, _) = trained_lora(), batch(1)
+    save_adapter(model, tmp_path, base_model="base", settings={"keep": 0.5})
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"], config["target_modules"]) == ("LORA", 4, 8, sorted(FFN))
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert tensors["base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"].shape == (4, 32) and len(tensors) == 12
+    fresh = small_llama()
+    assert load_adapter(fresh, tmp_path) == list(nalora.lora_layers(model))
+    assert torch.equal(fresh(tokens)[0], model(tokens)[0])
+    injected = lora_llama()
+    load_adapter(injected, tmp_path)
+    assert torch.equal(injected(tokens)[0], model(tokens)[0])
+    low = Llama(replace(SMALL, initializer_range=0.2))
+    low.load_state_dict(small_llama().state_dict())
+    load_adapter(low.bfloat16(), tmp_path)                          # another dtype is the same base
+
+
+def test_partial_targets_are_written_by_their_full_names(tmp_path):
+    model = trained_lora(["layers.1.mlp.gate_proj"])
+    save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == ["model.layers.1.mlp.gate_proj"]
+    assert load_adapter(small_llama(), tmp_path) == ["model.layers.1.mlp.gate_proj"]
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda d, c, m: (d / "adapter_config.json").unlink(), "cannot be read"),
+    (lambda d, c, m: (d / "adapter_model.safetensors").write_bytes(b"not a tensor"), "cannot be read"),
+    (lambda d, c, m: (d / "adapter_config.json").write_text(json.dumps({**c, "use_dora": True})), "use_dora"),
+    (lambda d, c, m: (d / "adapter_config.json").write_text(json.dumps({**c, "peft_type": "IA3"})), "no plain LoRA"),
+    (lambda d, c, m: (d / "adapter_config.json").write_text(json.dumps({**c, "r": 8})), "rank 8"),
+    (lambda d, c, m: save_adapter(trained_lora(hidden_size=48, head_dim=12), d), "other module names or shapes"),
+    (lambda d, c, m: save_adapter(trained_lora(num_hidden_layers=3), d), "other module names or shapes"),
+    (lambda d, c, m: save_adapter(trained_lora(seed=7), d), "trained on another base model"),
+])
+def test_foreign_adapters_are_refused(tmp_path, spoil, message):
+    save_adapter(trained_lora(), tmp_path)
+    spoil(tmp_path, json.loads((tmp_path / "adapter_config.json").read_text()), None)
+    model = small_llama()
+    with pytest.raises(ValueError, match=message):
+        load_adapter(model, tmp_path)
+    assert not any(isinstance(m, LoRALinear) for m in model.modules())
+
+
+def test_an_adapter_unlike_the_lora_in_the_model_is_refused(tmp_path):
+    save_adapter(trained_lora(), tmp_path)
+    for targets, rank, alpha in ((FFN, 2, 8), (FFN, 4, 16), (FFN[:2], 4, 8)):
+        model = small_llama()
+        inject_lora(model, targets, rank, alpha)
+        before = snapshot(model)
+        with pytest.raises(ValueError, match="differs from the LoRA already in the model"):
+            load_adapter(model, tmp_path)
+        assert equal(before, snapshot(model))
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    target = tmp_path / "file.json"
+    nalora.write_json(target, {"a": 1})
+    with pytest.raises(TypeError):
+        nalora.write_json(target, {"a": object()})
+    assert json.loads(target.read_text()) == {"a": 1} and os.listdir(tmp_path) == ["file.json"]
