@@ -12,12 +12,12 @@ selection misalignment. The second term over the first is kappa(z) - 1, where ka
 opposes it; kappa = 1 (linear, ReLU): it stands still. NA-LoRA lets phi' and kappa steer the training of an ordinary LoRA adapter.
 No extra loss, no extra parameter, nothing at inference.
 
-THE ALGORITHM. Given LoRA pairs (A, B) on gate_proj, up_proj and down_proj of every FFN, and any optimizer:
+THE ALGORITHM. Given LoRA pairs (A, B) on gate_proj, up_proj and down_proj of every FFN, and any optimizer; keep 0.5, ema 0.9:
 
-    forward   over a sample of tokens, per gate channel c:   score_c = mean |phi'(z_c)|
-              over the same tokens and all channels:         k_hat = sum z phi'(z) phi(z) / sum phi(z)^2,   p = share of z > 0
+    forward   over every 7th token since the last step, per gate channel c:   score_c = mean |phi'(z_c)|
+              over the same tokens and all channels:   k_hat = sum z phi'(z) phi(z) / sum phi(z)^2,   p = share of z > 0
     step      remember A and B, let the optimizer step as ever (its moments see the true gradients), then per FFN:
-              I     <- ema I + (1 - ema) score               temporal importance (F,), starting at 0
+              I     <- ema I + (1 - ema) score               temporal importance (F,), from 0; only its order counts
               mask  <- the ceil(keep F) channels with the largest I
               scale <- 1 / clip(k_hat, 1/2, 2)               but 1 if min(p, 1 - p) < 0.05 or rho' = 0: no two regimes
               row c of B_gate      <- before + mask_c scale (after - before)
@@ -25,6 +25,7 @@ THE ALGORITHM. Given LoRA pairs (A, B) on gate_proj, up_proj and down_proj of ev
 
 Why change the step and not the gradient? Adam divides the size of a gradient away again, and its momentum and weight decay move
 rows whose gradient is zero. Putting rows back after the step is exact. All channels share A_gate, so it is scaled but not masked.
+Why 1 / k_hat? A relative change of a gate moves its phi by about k_hat times as much; the whole FFN is scaled to keep its balance.
 
 GLOSSARY. name in the code: symbol, meaning
     z                  z       gate pre-activation, (tokens, F); F channels are Hugging Face's `intermediate_size`
@@ -41,8 +42,9 @@ WHOSE IS WHAT. The paper's public text (abstract and captions) states: selection
 homogeneity of self-gated activations"; "a derivative-based temporal-importance mask for gate-related LoRA updates"; "an activation-
 specific step-scaling rule when a meaningful coarse effective-homogeneity partition is available". No equation of it is public to
 us. Every formula here is OUR reading of these words: phi' as the derivative, its mean over tokens, ema, keep, the hard cut, acting
-on the step and on B_gate alone, the least-squares k_hat, the partition by sign with its 5 % rule, 1/k_hat and its clip,
-budget="neutral", and both measures. The controls (random, inverted, uniform) answer a public review. Never cite this file as the authors' method.
+on the step and on B_gate alone, the least-squares k_hat, the partition by sign with its 5 % rule (meant for SiLU and GELU), 1/k_hat,
+its clip and its reach over the whole FFN, budget="neutral", and both measures. The controls (random, inverted, uniform) answer a
+public review. Never cite this file as the authors' method.
 
 MAP. 1 the mathematics of selection - 2 LoRA - 3 NA-LoRA - 4 measures - 5 the Llama it is shown on - 6 wiring and files
 """
@@ -63,7 +65,6 @@ from safetensors.torch import load_file, save_file
 
 # ---- 1. The mathematics of selection. `act` is any elementwise activation, z any float tensor; no state, no modules. --------------
 
-
 def activation_parts(act, z):
     """phi(z), its slope phi'(z) and rho(z) = phi(z) / z, each shaped like z. Autograd differentiates, so any activation will do."""
     with torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
@@ -73,11 +74,9 @@ def activation_parts(act, z):
     z, phi = z.detach(), phi.detach()
     return phi, slope, torch.where(z == 0, slope, phi / torch.where(z == 0, 1, z))          # the limit of rho at 0 is phi'(0)
 
-
 def selection_weight(act, z):
     """rho(z) = phi(z) / z, shaped like z: the decision weight that the activation gives to its own input."""
     return activation_parts(act, z)[2]
-
 
 def homogeneity(act, z):
     """kappa(z) = z phi'(z) / phi(z), shaped like z, and 1 wherever phi(z) = 0: zero is homogeneous of every degree, 1 is neutral.
@@ -87,14 +86,12 @@ def homogeneity(act, z):
     phi, slope, _ = activation_parts(act, z)
     return torch.where(phi == 0, 1, z * slope / torch.where(phi == 0, 1, phi))
 
-
 def widen(t):
     """t in float32, or in its own dtype if that is wider: no sum and no blend is made in half precision."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
-
 def gate_sums(act, z, tokens=None, score="phi_prime"):
-    """All that NA-LoRA keeps of gates z (T, F): one flat vector of sums (F + 5,), so that microbatches and machines simply add up.
+    """All that NA-LoRA keeps of gates z (T, F): one flat vector of sums (F + 5,), so that microbatches simply add up.
 
     tokens (T,): 1 where a token counts and 0 for padding; None counts all. The entries are the score of each channel (F), the number
     of tokens, and over tokens and channels: sum z phi' phi, sum phi^2, how many z > 0, and sum |z rho'| (= |phi' - rho|).
@@ -104,46 +101,33 @@ def gate_sums(act, z, tokens=None, score="phi_prime"):
     phi, slope, rho = activation_parts(act, z)                                              # (T, F) each
     scores = slope.abs()
     if score == "rho_prime":
-        away = torch.where(z.abs() < 1e-3, 1e-3, z)                                         # rho' = (phi' - rho) / z cancels at 0
-        scores = (activation_parts(act, away)[1] - selection_weight(act, away)).div(away).abs()
+        nearby = torch.where(z.abs() < 1e-3, 1e-3, z)                                       # rho' = (phi' - rho) / z cancels at 0
+        _, nearby_slope, nearby_rho = activation_parts(act, nearby)
+        scores = ((nearby_slope - nearby_rho) / nearby).abs()
     totals = [tokens @ t.sum(1) for t in (z * slope * phi, phi * phi, (z > 0).to(z), (slope - rho).abs())]
     return torch.cat([tokens @ scores, torch.stack([tokens.sum(), *totals])])
 
-
 def regime(sums):
     """(k_hat, occupancy, degenerate) of `gate_sums`, 0-dim each. k_hat = sum z phi' phi / sum phi^2 solves z phi' = k phi in least
-    squares and is 1 if every phi is 0. Degenerate: under 5 % of the gates on one side of zero, or rho' = 0 throughout."""
+    squares and is 1 if every phi is 0. Degenerate: under 5 % of the gates on one side of zero, or mean |z rho'| < 1e-6."""
     (tokens, z_slope_phi, phi_phi, positive, movement), channels = sums[-5:], len(sums) - 5
     occupancy, movement = positive / (tokens * channels), movement / (tokens * channels)
     k_hat = torch.where(phi_phi > 0, z_slope_phi / phi_phi, 1)
     return k_hat, occupancy, (torch.minimum(occupancy, 1 - occupancy) < 0.05) | (movement < 1e-6)
 
-
-def effective_homogeneity(act, z):
-    """k_hat of all of z, any shape, 0-dim: a degree that channels which are off do not disturb; exactly 1 for linear and ReLU."""
-    return regime(gate_sums(act, z.reshape(1, -1)))[0]
-
-
-def coarse_partition(act, z):
-    """(occupancy, degenerate) of all of z, any shape, 0-dim each: the share of z > 0, and whether step scaling has to stay off."""
-    return regime(gate_sums(act, z.reshape(1, -1)))[1:]
-
-
 def importance_mask(importance, keep):
     """Bool (F,): the ceil(keep F) channels of largest importance (F,), lower index first among equals. ValueError unless 0 < keep <= 1."""
     if not 0 < keep <= 1:
         raise ValueError(f"keep is {keep}, but it is the share of gate channels that may move: give a number in (0, 1].")
-    first = torch.argsort(importance, descending=True, stable=True)[:math.ceil(keep * len(importance) - 1e-9)]   # 0.1 * 30 > 3
+    count = max(1, math.ceil(keep * len(importance) - 1e-9))                                # in floats 0.1 * 30 is above 3
+    first = torch.argsort(importance, descending=True, stable=True)[:count]
     return torch.zeros_like(importance, dtype=torch.bool).index_fill(0, first, True)
 
-
 def step_scale(k_hat, degenerate):
-    """1 / clip(k_hat, 1/2, 2), or 1 where degenerate: equal relative steps of the weights then move outputs equally."""
+    """1 / clip(k_hat, 1/2, 2), or 1 where degenerate. A k_hat below 1/2, negative too, gives 2: selection opposes the step there."""
     return torch.where(degenerate, 1.0, 1 / k_hat.clamp(0.5, 2))
 
-
 # ---- 2. LoRA (arXiv 2106.09685), complete. It knows nothing of what follows. -------------------------------------------------------
-
 
 class LoRALinear(nn.Module):
     """y = base_layer(x) + (alpha / rank) B A x. A and B train in float32 whatever the base's dtype; B = 0 makes the start an exact no-op.
@@ -164,9 +148,7 @@ class LoRALinear(nn.Module):
         low = F.linear(x.to(self.lora_A.dtype), self.lora_A) * self.scaling                 # (..., rank)
         return y + (low @ self.lora_B.t().contiguous()).to(y.dtype)                         # contiguous: a faster backward for B
 
-
 # ---- 3. NA-LoRA: what is observed, what is decided, what is done to the step -------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class NALoRAConfig:
@@ -174,8 +156,8 @@ class NALoRAConfig:
     mask: str = "derivative"        # "derivative" | "inverted" (the least important) | "random" (fixed rows) | "none"
     keep: float = 0.5               # share of the gate channels whose row of B_gate moves, in (0, 1]
     soft: bool = False              # True: cut no row (keep is not used), weight each by its importance over the mean importance
-    scale: str = "homogeneity"      # "homogeneity" | "uniform" (every layer takes the mean of those scales) | "none"
-    budget: str = "raw"             # "neutral": kept rows / kept share, scales / their geometric mean, so the mean step stays LoRA's
+    scale: str = "homogeneity"      # "homogeneity" | "uniform" (every FFN takes the arithmetic mean of those scales) | "none"
+    budget: str = "raw"             # "neutral": mask / its mean and scales / their geometric mean over FFNs; the mean step stays LoRA's
     score: str = "phi_prime"        # "phi_prime": |phi'| | "rho_prime": |rho'|
     ema: float = 0.9                # decay of the importance per step, in [0, 1)
     stride: int = 7                 # observe every 7th token; a prime does not lock on to a sequence length
@@ -184,13 +166,12 @@ class NALoRAConfig:
     def __post_init__(self):
         check_config(self)
 
-
 class NALoRA:
     """Turns a LoRA training loop into NA-LoRA: make one after the optimizer, change nothing else.
 
     It observes every gated FFN whose gate_proj carries LoRA (see `is_gated_ffn`) while the model trains, and corrects the optimizer's
-    steps. To keep padding out of the statistics, set `token_mask` (batch, seq), nonzero for real tokens, before each forward pass.
-    ValueError if no gate carries LoRA, or if the optimizer does not hold the FFNs' LoRA parameters.
+    steps. Make it when the model has its final device and dtype. To keep padding out of the statistics, set `token_mask` (batch, seq),
+    nonzero for real tokens, before each forward pass. ValueError if no gate carries LoRA, or if the optimizer lacks its parameters.
     """
 
     def __init__(self, model, optimizer, config=None):
@@ -222,27 +203,27 @@ class NALoRA:
             self._sums[name] = self._sums.get(name, 0) + gate_sums(self._ffns[name].act_fn, sample, tokens, self.config.score)
 
     def _decide(self):
-        """The sums since the last step -> importance, mask, k_hat, occupancy and scale of each FFN. Needs no host synchronisation."""
-        c, new, sums = self.config, {}, list(self._sums.values())
-        for name, s in self._sums.items():
-            k_hat, occupancy, degenerate = regime(s)
-            importance = torch.lerp(self._state[name]["importance"], s[:-5] / s[-5], 1 - c.ema)                     # (F,)
-            new[name] = dict(self._state[name], importance=importance, k_hat=k_hat, occupancy=occupancy)
+        """The sums since the last step -> the state of each FFN. Stays on the device: no host synchronisation."""
+        c = self.config
+        for name, sums in self._sums.items():
+            old, (k_hat, occupancy, degenerate) = self._state[name], regime(sums)
+            importance = torch.lerp(old["importance"], sums[:-5] / sums[-5], 1 - c.ema)                             # (F,)
+            new = dict(old, importance=importance, k_hat=k_hat, occupancy=occupancy, degenerate=degenerate)
             if c.mask in ("derivative", "inverted") and not c.soft:
-                new[name]["mask"] = importance_mask(importance if c.mask == "derivative" else -importance, c.keep)
-            if c.scale != "none":
-                new[name]["scale"] = step_scale(k_hat, degenerate)
-        scales = torch.stack([n["scale"] for n in new.values()])                            # (FFNs,)
-        if c.scale == "uniform":
-            scales = scales.mean().expand_as(scales)
-        if c.budget == "neutral":
-            scales = scales / scales.log().mean().exp()
-        usable = torch.stack([(s[-5] > 0) & s.isfinite().all() for s in sums]).all()        # neither all padding nor overflow
-        for (name, n), n["scale"] in zip(new.items(), scales):
-            self._state[name] = {key: torch.where(usable, n[key], old) for key, old in self._state[name].items()}
+                new["mask"] = importance_mask(importance if c.mask == "derivative" else -importance, c.keep)
+            usable = (sums[-5] > 0) & sums.isfinite().all()                                 # neither all padding nor overflow
+            self._state[name] = {key: torch.where(usable, new[key], old[key]) for key in old}
+        if c.scale != "none":
+            scales = torch.stack([step_scale(s["k_hat"], s["degenerate"]) for s in self._state.values()])           # (FFNs,)
+            if c.scale == "uniform":
+                scales = scales.mean().expand_as(scales)
+            if c.budget == "neutral":
+                scales = scales / scales.log().mean().exp()
+            for state, scale in zip(self._state.values(), scales):
+                state["scale"] = scale
 
     def _row_weight(self, importance, mask):
-        """What the step of each row of B_gate is multiplied by, (F, 1)."""
+        """What the step of each row of B_gate is multiplied by, (F, 1). The mean of soft weights is 1 in either budget."""
         if self.config.soft:
             return torch.where(importance.sum() > 0, importance / importance.mean(), 1)[:, None]
         return (mask / mask.to(importance).mean() if self.config.budget == "neutral" else mask.to(importance))[:, None]
@@ -265,9 +246,9 @@ class NALoRA:
         self._before = []
 
     def statistics(self):
-        """{FFN module name: {"importance" (F,), "mask" (F,) bool, "k_hat", "occupancy", "scale": floats}} of the last step.
+        """{FFN module name: {"importance" (F,), "mask" (F,) bool, "k_hat", "occupancy", "degenerate", "scale"}} of the last step.
 
-        What was not observed yet, or is not needed by the method and so never observed: importance 0, k_hat and occupancy NaN, scale 1.
+        Before the first step, and in methods that never look at the gates: importance 0, k_hat and occupancy NaN, scale 1.
         """
         return {name: {key: v.clone() if v.dim() else v.item() for key, v in s.items()} for name, s in self._state.items()}
 
@@ -289,16 +270,13 @@ class NALoRA:
         while self._handles:
             self._handles.pop().remove()
 
-
 def is_gated_ffn(module):
     """True for a module made of gate_proj, up_proj, down_proj and act_fn: an FFN is told by its parts, not by its name."""
     return all(hasattr(module, part) for part in ("gate_proj", "up_proj", "down_proj", "act_fn"))
 
-
 def lora_pair(linear):
     """(lora_A (rank, in), lora_B (out, rank)) of a linear layer, or () if it carries no LoRA. All that NA-LoRA knows of LoRA."""
     return (linear.lora_A, linear.lora_B) if isinstance(linear, LoRALinear) else ()
-
 
 def initial_state(config, index, ffn):
     """The state of FFN number `index` before anything is observed: every row moves fully. The random mask is drawn here, once."""
@@ -306,8 +284,7 @@ def initial_state(config, index, ffn):
     draw = torch.rand(len(B), generator=torch.Generator().manual_seed(config.seed + 1_000_003 * index))
     zero = widen(B.detach().new_zeros(()))
     return {"importance": zero.repeat(len(B)), "mask": importance_mask(draw, config.keep if config.mask == "random" else 1).to(B.device),
-            "k_hat": zero + math.nan, "occupancy": zero + math.nan, "scale": zero + 1}
-
+            "k_hat": zero + math.nan, "occupancy": zero + math.nan, "degenerate": zero == 0, "scale": zero + 1}
 
 def controlled_parameters(config, name, ffn):
     """Yields (FFN name, whether it is B_gate, parameter) of what the method steers: B_gate by the mask, every pair by the scale."""
@@ -317,7 +294,6 @@ def controlled_parameters(config, name, ffn):
     if config.scale != "none":
         pairs = [lora_pair(linear) for linear in (ffn.gate_proj, ffn.up_proj, ffn.down_proj)]
         yield from ((name, False, p) for pair in pairs for p in pair if p is not gate_B)
-
 
 def check_config(c):
     choices = {"mask": ("derivative", "inverted", "random", "none"), "scale": ("homogeneity", "uniform", "none"),
@@ -335,15 +311,20 @@ def check_config(c):
     if c.scale == "uniform" and c.budget == "neutral":
         raise ValueError("scale='uniform' with budget='neutral' divides out to exactly 1: say scale='none'.")
 
-
 def check_rank(rank, linear, name):
     largest = min(linear.in_features, linear.out_features)
     if not (isinstance(rank, int) and 1 <= rank <= largest):
         raise ValueError(f"rank is {rank}, but {name} takes a whole number from 1 to {largest}.")
 
-
 # ---- 4. Measures of selection (ours) -----------------------------------------------------------------------------------------------
 
+def effective_homogeneity(act, z):
+    """k_hat of all of z, any shape, 0-dim: a degree that channels which are off do not disturb; exactly 1 for linear and ReLU."""
+    return regime(gate_sums(act, z.reshape(1, -1)))[0]
+
+def coarse_partition(act, z):
+    """(occupancy, degenerate) of all of z, any shape, 0-dim each: the share of z > 0, and whether step scaling has to stay off."""
+    return regime(gate_sums(act, z.reshape(1, -1)))[1:]
 
 def selection_misalignment(act, z, z_full, z_base):
     """M = ||rho(z) - rho(z_full)|| / ||rho(z_full) - rho(z_base)||, 0-dim: gates of one layer on the same tokens, all of one shape,
@@ -355,22 +336,20 @@ def selection_misalignment(act, z, z_full, z_base):
         raise ValueError("Full fine-tuning moved no selection weight here, so the misalignment is 0/0.")
     return (rho - rho_full).norm() / moved
 
-
 def selection_entropy(act, z):
     """H = -sum p log p / log F in [0, 1], 0-dim, of z (tokens, F), p_c ~ mean |phi'(z_c)| rho(z_c). 1: all channels respond alike."""
     _, slope, rho = activation_parts(act, z)
     p = (slope.abs() * rho).mean(0).clamp(min=0)                                            # (F,)
     return torch.special.entr(p / p.sum()).sum() / math.log(len(p))
 
-
 # ---- 5. The Llama it is shown on. Parameter and configuration names are Hugging Face's: its checkpoints load as they are. ----------
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
                "quick_gelu": lambda z: z * torch.sigmoid(1.702 * z), "relu": F.relu}
 
-
 @dataclass(frozen=True)
 class LlamaConfig:
+    """The shape of a Llama, in the fields of a Hugging Face config.json. ValueError where they contradict each other."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -398,17 +377,16 @@ class LlamaConfig:
     def from_dict(cls, d):
         """Reads the content of a Hugging Face config.json. ValueError names what it lacks or what this Llama cannot honour."""
         rope = {**(d.get("rope_scaling") or {}), **(d.get("rope_parameters") or {})}
-        d = {**d, "rope_scaling": rope.get("rope_type", rope.get("type", "default")), "rope_theta": rope.get("rope_theta", d.get("rope_theta"))}
+        d = {"rope_theta": None, **d, **rope, "rope_scaling": rope.get("rope_type", rope.get("type", "default"))}
         plain = {"model_type": "llama", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0, "rope_scaling": "default",
                  "partial_rotary_factor": 1, "sliding_window": None, "pretraining_tp": 1, "quantization_config": None}
         for field, value in plain.items():
             if d.get(field, value) not in (value, None):
-                raise ValueError(f"This Llama cannot honour {field} = {d[field]!r}: load the model with transformers, where NALoRA works too.")
-        missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in d]
+                raise ValueError(f"This Llama cannot honour {field} = {d[field]!r}: this file implements plain Llama only.")
+        missing = [f.name for f in fields(cls) if f.default is MISSING and d.get(f.name) is None]
         if missing:
             raise ValueError(f"The configuration lacks {', '.join(missing)}: it is not a Llama's config.json.")
         return cls(**{f.name: d[f.name] for f in fields(cls) if d.get(f.name) is not None})
-
 
 def rotary_tables(config, start, length, device):
     """cos and sin of each position's rotation angles, (length, head_dim) each, float32."""
@@ -416,12 +394,10 @@ def rotary_tables(config, start, length, device):
     angle = torch.outer(torch.arange(start, start + length, device=device).float(), frequency).repeat(1, 2)
     return angle.cos(), angle.sin()
 
-
 def rotate(x, cos, sin):
     """Rotary embedding of x (B, heads, T, head_dim) in Hugging Face's half-rotation convention: i is paired with i + head_dim / 2."""
     a, b = x.chunk(2, dim=-1)
     return x * cos.to(x.dtype) + torch.cat((-b, a), dim=-1) * sin.to(x.dtype)
-
 
 class Attention(nn.Module):
     def __init__(self, c):
@@ -442,7 +418,6 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(2))                                    # (B, T, hidden)
 
-
 class GatedFFN(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -453,7 +428,6 @@ class GatedFFN(nn.Module):
 
     def forward(self, x):                                                                   # (B, T, hidden)
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-
 
 class Block(nn.Module):
     def __init__(self, c):
@@ -467,8 +441,9 @@ class Block(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
-
 class Llama(nn.Module):
+    """A Llama with fresh weights, normal with standard deviation `initializer_range`; `Llama.from_pretrained` loads trained ones."""
+
     def __init__(self, config):
         super().__init__()
         self.config, self.model = config, nn.Module()
@@ -487,11 +462,13 @@ class Llama(nn.Module):
 
         With targets (B, T), the next token of each position or -100 for none: (logits (N, vocab) at the N positions that have a
         target, their mean cross-entropy in nats). cache: a list per layer, [] at first, filled here; further calls take one token.
-        ValueError if the text is longer than max_position_embeddings.
+        ValueError if the text is longer than max_position_embeddings, or if a filled cache meets more than one token.
         """
         start = cache[0][0].size(2) if cache and cache[0] else 0
         if start + tokens.size(1) > self.config.max_position_embeddings:
             raise ValueError(f"A text of {start + tokens.size(1)} tokens exceeds the context of {self.config.max_position_embeddings}: shorten it.")
+        if start and tokens.size(1) > 1:
+            raise ValueError(f"A filled cache takes one token at a time, not {tokens.size(1)}.")
         x = self.model.embed_tokens(tokens)                                                 # (B, T, hidden)
         cos, sin = rotary_tables(self.config, start, tokens.size(1), tokens.device)
         for i, layer in enumerate(self.model.layers):
@@ -513,10 +490,12 @@ class Llama(nn.Module):
         for _ in range(max_new_tokens):
             logits = self(new, cache=cache)[0][:, -1].float()                               # (B, vocab)
             if top_k is not None:
-                logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
-            new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator) if temperature else logits.argmax(-1, keepdim=True)
+                logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:], -math.inf)
+            new = logits.argmax(-1, keepdim=True)                                           # (B, 1)
+            if temperature > 0:
+                new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
             if stop is not None:
-                new = new.masked_fill(stopped[:, None], stop)                               # (B, 1)
+                new = new.masked_fill(stopped[:, None], stop)
                 stopped |= new[:, 0] == stop
             tokens = torch.cat((tokens, new), dim=1)
             if stopped.all():
@@ -550,9 +529,7 @@ class Llama(nn.Module):
         write_tensors(Path(directory) / "model.safetensors", weights)
         write_json(Path(directory) / "config.json", config)
 
-
 # ---- 6. Wiring and files. A file is written whole under a temporary name and then renamed; nothing is ever unpickled. ---------------
-
 
 def inject_lora(model, targets, rank=8, alpha=16):
     """Puts a LoRALinear in the place of every nn.Linear that `targets` name, freezes all else and returns their module names.
@@ -578,7 +555,6 @@ def inject_lora(model, targets, rank=8, alpha=16):
         model.set_submodule(name, LoRALinear(linears[name], rank, alpha))
     return names
 
-
 def lora_layers(model):
     """{module name: LoRALinear} in module order. ValueError if there is none."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
@@ -586,11 +562,9 @@ def lora_layers(model):
         raise ValueError("This model carries no LoRA (never injected, or merged already): call inject_lora or load_adapter first.")
     return layers
 
-
 def lora_parameters(model):
     """[A, B, A, B, ...] in module order: what the optimizer trains."""
     return [p for layer in lora_layers(model).values() for p in (layer.lora_A, layer.lora_B)]
-
 
 @torch.no_grad()
 def merge_lora(model):
@@ -610,7 +584,6 @@ def merge_lora(model):
         model.set_submodule(name, layer.base_layer)
     return list(layers)
 
-
 def save_adapter(model, directory, base_model=None, settings=None):
     """Writes adapter_model.safetensors and adapter_config.json as PEFT does; what PEFT does not know goes to nalora.json.
 
@@ -620,7 +593,8 @@ def save_adapter(model, directory, base_model=None, settings=None):
     (rank, alpha), *others = {(layer.rank, layer.alpha) for layer in layers.values()}
     if others:
         raise ValueError("The LoRA layers differ in rank or alpha, and an adapter_config.json holds one of each: inject them alike.")
-    tensors = {f"base_model.model.{name}.{part}.weight": getattr(layer, part).detach() for name, layer in layers.items() for part in ("lora_A", "lora_B")}
+    tensors = {f"base_model.model.{name}.{part}.weight": getattr(layer, part).detach()
+               for name, layer in layers.items() for part in ("lora_A", "lora_B")}
     linears = [n.removesuffix(".base_layer") for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     leaves = sorted({name.split(".")[-1] for name in layers})
     complete = {n for n in linears if n.split(".")[-1] in leaves} == set(layers)            # else last parts would name too many
@@ -630,7 +604,6 @@ def save_adapter(model, directory, base_model=None, settings=None):
     write_json(directory / "adapter_config.json", config)
     write_json(directory / "nalora.json", {"settings": settings, "base": fingerprint({n: l.base_layer for n, l in layers.items()})})
 
-
 def load_adapter(model, directory):
     """Loads an adapter that save_adapter or PEFT wrote, injecting LoRA where there is none yet. Returns the module names.
 
@@ -638,7 +611,7 @@ def load_adapter(model, directory):
     rank, alpha or base model are not this model's.
     """
     directory = Path(directory)
-    config, tensors = read_json(directory / "adapter_config.json"), read_tensors(directory / "adapter_model.safetensors")
+    config, tensors = read_json(directory / "adapter_config.json"), read(directory / "adapter_model.safetensors", load_file)
     more = [k for k in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out") if config.get(k)]
     if more or config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or not {"r", "lora_alpha"} <= set(config):
         raise ValueError(f"{directory} holds no plain LoRA adapter (see {more[0] if more else 'peft_type, bias, r, lora_alpha'} in adapter_config.json).")
@@ -664,11 +637,9 @@ def load_adapter(model, directory):
             layer.lora_B.copy_(tensors[key(name, "lora_B")])
     return list(lora_layers(model))
 
-
 def fingerprint(linears):
     """{name: norm of the weight's first row}: within 1 % equal for the same base in any dtype, and hardly for another base."""
     return {name: linear.weight[0].detach().float().norm().item() for name, linear in linears.items()}
-
 
 def write_whole(path, save):
     """Calls save(a temporary path) and renames the result to `path`: whatever happens, `path` is the old file or the new one."""
@@ -680,37 +651,28 @@ def write_whole(path, save):
     finally:
         temporary.unlink(missing_ok=True)
 
-
 def write_json(path, value):
     write_whole(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
-
 
 def write_tensors(path, tensors):
     write_whole(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
 
+def read(path, parse):
+    """parse(path), with a ValueError that names the file where it is missing, truncated or something else."""
+    try:
+        return parse(path)
+    except (OSError, ValueError, TypeError, SafetensorError) as e:
+        raise ValueError(f"{path} cannot be read: {e}") from None
 
 def read_json(path):
-    """The object in a JSON file, a dict. ValueError names a file that is missing, broken or something else."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as e:
-        raise ValueError(f"{path} cannot be read as a JSON object: {e}") from None
-
-
-def read_tensors(path):
-    """{name: tensor} of a safetensors file. ValueError names a file that is missing, truncated or something else."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as e:
-        raise ValueError(f"{path} cannot be read as safetensors: {e}") from None
-
+    return read(path, lambda p: dict(json.loads(p.read_text(encoding="utf-8"))))
 
 def read_weights(directory):
     """All tensors of a checkpoint directory: model.safetensors, or else the shards that model.safetensors.index.json names."""
     index = directory / "model.safetensors.index.json"
     if (directory / "model.safetensors").exists() or not index.exists():
-        return read_tensors(directory / "model.safetensors")
+        return read(directory / "model.safetensors", load_file)
     shards = set(read_json(index).get("weight_map", {}).values())
     if any(Path(shard).name != shard for shard in shards):
         raise ValueError(f"{index} names a shard outside its own directory: it is not a checkpoint's index.")
-    return {key: tensor for shard in sorted(shards) for key, tensor in read_tensors(directory / shard).items()}
+    return {key: tensor for shard in sorted(shards) for key, tensor in read(directory / shard, load_file).items()}

@@ -156,9 +156,8 @@ def exact_match(model, tokenizer, problems):
     return sum(final_answer(c) == p["answer"] for c, p in zip(completions, problems)) / len(problems), completions
 
 
-def arithmetic_accuracy(model, tokenizer, data):
-    """Share of right results on the equations of data/arithmetic.jsonl, which pre-training never saw."""
-    problems = read_problems(data / "arithmetic.jsonl")
+def arithmetic_accuracy(model, tokenizer, problems):
+    """Share of equations ("12+5=") that the model completes rightly."""
     completions = solve(model, tokenizer, [p["prompt"] for p in problems], max_new_tokens=3)
     return sum(c.split(".")[0] == str(p["answer"]) for c, p in zip(completions, problems)) / len(problems)
 
@@ -184,6 +183,7 @@ class Run:
         self.device = torch.device(config["device"])
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=config["dtype"] == "bfloat16")
         self.tokenizer = load_tokenizer(self.data)
+        self.equations = read_problems(self.data / "arithmetic.jsonl")[:config["test_size"]]           # pre-training never saw them
         torch.manual_seed(config["seed"])
         method = config["method"]
         self.nalora = None
@@ -202,8 +202,8 @@ class Run:
             self.batches = ProblemBatches(splits["train"][:config["train_size"]], config["batch_size"], config["seed"], self.tokenizer.eot_token)
             by_length = sorted(splits["val"], key=lambda e: len(e[0]))
             self.validation = [collate(by_length[i:i + 50], self.tokenizer.eot_token) for i in range(0, len(by_length), 50)]
-            self.problems = read_problems(self.data / "test.jsonl")
-        if config.get("rank"):
+            self.problems = read_problems(self.data / "test.jsonl")[:config["test_size"]]
+        if "rank" in config:
             inject_lora(self.model, config["targets"], config["rank"], config["alpha"])
         self.trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         decayed = [p for p in self.trainable.values() if p.dim() == 2]
@@ -309,7 +309,7 @@ def train(run, out, state=None):
 
 def save_checkpoint(run, out, step, records):
     """One file, replaced whole, so that a kill at any moment leaves either the old state or the new one."""
-    metadata = {"config": json.dumps(run.config), "step": str(step), "records": json.dumps(records)}
+    metadata = {"run": json.dumps({"config": run.config, "step": step, "records": records})}          # one key: a fixed byte order
     write_whole(out / "checkpoint.safetensors", lambda path: save_file(run.state(), path, metadata))
     write_lines(out / "metrics.jsonl", records)
 
@@ -325,9 +325,8 @@ def load_checkpoint(out, config):
         return None
     try:
         with safe_open(path, "pt") as f:
-            saved, tensors = f.metadata(), {key: f.get_tensor(key) for key in f.keys()}
-        state = {"tensors": tensors, "step": int(saved["step"]), "records": json.loads(saved["records"])}
-        saved_config = json.loads(saved["config"])
+            state = {**json.loads(f.metadata()["run"]), "tensors": {key: f.get_tensor(key) for key in f.keys()}}
+        saved_config = state["config"]
     except Exception as e:                                          # safetensors raises several kinds; all mean the same here
         raise ValueError(f"{path} is no readable checkpoint of this program: {e}") from None
     differ = sorted(k for k in {*saved_config, *config} if saved_config.get(k) != config.get(k))
@@ -355,12 +354,12 @@ def execute(config, out, resume):
     run.model.eval()
     summary = {"method": config["method"], "seed": config["seed"], "val_loss": records[-1]["val_loss"], "trainable_parameters": trainable,
                "total_parameters": total, "step_ms": 1000 * statistics.median(times) if times else None, "train_seconds": sum(times),
-               "arithmetic_accuracy": arithmetic_accuracy(run.model, run.tokenizer, run.data)}
+               "arithmetic_accuracy": arithmetic_accuracy(run.model, run.tokenizer, run.equations)}
     if config["method"] == "pretrain":
         run.model.save_pretrained(out / "model", torch.float16)
     else:
         summary["test_exact_match"], completions = exact_match(run.model, run.tokenizer, run.problems)
-        if config.get("rank"):
+        if "rank" in config:
             save_adapter(run.model, out / "adapter", base_model=config["base"], settings=config)
         else:
             run.model.save_pretrained(out / "model")
@@ -471,14 +470,15 @@ def draw_activations(path):
             kappa[z < 0] = math.nan                                 # 0/0: the code's convention there is 1, the curve has none
         for ax, y in zip(axes, (phi, rho, slope, kappa)):
             ax.plot(z, y, style, label={"silu": "SiLU", "gelu": "GELU", "relu": "ReLU"}[name])
-    titles = ("value  phi(z)", "selection weight  rho(z) = phi(z)/z", "responsiveness  phi'(z)", "homogeneity  kappa(z) = z phi'(z)/phi(z)")
+    titles = ("value  phi(z)", "selection weight  rho = phi/z", "responsiveness  phi'(z)", "homogeneity  kappa = z phi'/phi")
     for ax, title in zip(axes, titles):
-        ax.set(xlabel="gate pre-activation z", title=title)
+        ax.set(xlabel="gate pre-activation z")
+        ax.set_title(title, fontsize=10)
         ax.axvline(0, color="0.8", lw=0.8, zorder=0)
     axes[3].axhline(1, color="0.8", lw=0.8, zorder=0)
     axes[3].set_ylim(-2, 2)
-    axes[3].text(2.4, 0.3, "z > 0: selection\namplifies (kappa > 1)", fontsize=8, ha="center")
-    axes[3].text(-2.3, 1.4, "z < 0: selection\nopposes (kappa < 1)", fontsize=8, ha="center")
+    axes[3].text(2.6, 0.1, "z > 0: kappa > 1,\nselection amplifies", fontsize=8, ha="center")
+    axes[3].text(-2.9, 1.4, "z < 0: kappa < 1,\nselection opposes", fontsize=8, ha="center")
     axes[0].legend(frameon=False)
     save_figure(figure, path)
 
@@ -498,11 +498,12 @@ def command_line():
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: %(default)s")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of matrix products, by autocast; weights stay float32 (default: %(default)s)")
     add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    add("--test-size", type=int, metavar="N", help="judge on the first N test problems and equations (default: all)")
     add("--data", type=Path, default=DATA, help="folder of the data files (default: data)")
     group = parser.add_argument_group("optimisation")
     add = group.add_argument
     add("--steps", type=int, help="optimizer steps (default: 500; pretrain: 4000)")
-    add("--batch-size", type=int, help="problems, or windows of 128 tokens, per step (default: 32; pretrain: 16)")
+    add("--batch-size", type=int, help="problems, or windows of 128 tokens, per step (default: 16)")
     add("--lr", type=float, help="peak learning rate (default: 5e-3; full: 1e-3; pretrain: 3e-3)")
     add("--warmup", type=float, default=0.03, help="share of the steps (default: %(default)s)")
     add("--weight-decay", type=float, help="of matrices (default: 0; pretrain: 0.1)")
@@ -513,7 +514,7 @@ def command_line():
     group = parser.add_argument_group("fine-tuning (all methods but pretrain)")
     add = group.add_argument
     add("--base", type=Path, help="checkpoint directory of the base model (default: DATA/base)")
-    add("--train-size", type=int, help="use the first N training problems (default: all)")
+    add("--train-size", type=int, metavar="N", help="train on the first N problems (default: all)")
     group = parser.add_argument_group("LoRA and NA-LoRA methods")
     add = group.add_argument
     add("--rank", type=int, help="default: 8")
@@ -530,31 +531,35 @@ def command_line():
     return parser
 
 
+def given(value, default):
+    return default if value is None else value
+
+
 def resolve(args, method):
-    """The complete configuration of one run, as JSON-able values. ValueError on a flag that the method has no use for."""
-    adapts, presets = method not in ("pretrain", "full"), METHODS[method]
-    own = {f.name: getattr(args, f.name) for f in fields(NALoRAConfig) if f.name != "seed" and getattr(args, f.name) is not None}
-    unused = [f"--{f.replace('_', '-')}" for f in ("rank", "alpha", "targets") if getattr(args, f) is not None and not adapts]
-    unused += [f"--{f}" for f in own if presets is None] + [f"--{f.replace('_', '-')}" for f in ("base", "train_size") if getattr(args, f) is not None and method == "pretrain"]
-    if unused and args.method != "all":
-        raise ValueError(f"{unused[0]} has no effect with --method {method}: leave it out.")
-    pretrain, device = method == "pretrain", args.device
+    """The complete configuration of one run, as JSON-able values. ValueError on a value or a flag that the method has no use for."""
+    pretrain, adapts, preset = method == "pretrain", method not in ("pretrain", "full"), METHODS[method]
+    own = [f.name for f in fields(NALoRAConfig) if f.name != "seed"]
+    useless = {"base": pretrain, "train_size": pretrain, **dict.fromkeys(("rank", "alpha", "targets"), not adapts), **dict.fromkeys(own, preset is None)}
+    for name, is_useless in useless.items():
+        if is_useless and getattr(args, name) is not None and args.method != "all":
+            raise ValueError(f"--{name.replace('_', '-')} has no effect with --method {method}: leave it out.")
+    device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     config = {"method": method, "seed": args.seed, "device": device, "dtype": args.dtype, "threads": torch.get_num_threads(), "data": str(args.data),
-              "steps": args.steps or (4000 if pretrain else 500), "batch_size": args.batch_size or (16 if pretrain else 32),
-              "lr": args.lr if args.lr is not None else LEARNING_RATE.get(method, 5e-3), "warmup": args.warmup,
-              "weight_decay": args.weight_decay if args.weight_decay is not None else (0.1 if pretrain else 0.0),
-              "beta1": args.beta1, "beta2": args.beta2 or (0.95 if pretrain else 0.999), "grad_clip": args.grad_clip,
-              "eval_every": args.eval_every or (250 if pretrain else 50)}
+              "steps": given(args.steps, 4000 if pretrain else 500), "batch_size": given(args.batch_size, 16),
+              "lr": given(args.lr, LEARNING_RATE.get(method, 5e-3)), "warmup": args.warmup,
+              "weight_decay": given(args.weight_decay, 0.1 if pretrain else 0.0), "beta1": args.beta1,
+              "beta2": given(args.beta2, 0.95 if pretrain else 0.999), "grad_clip": args.grad_clip,
+              "eval_every": given(args.eval_every, 250 if pretrain else 50), "test_size": args.test_size}
     if not pretrain:
         config |= {"base": str(args.base or args.data / "base"), "train_size": args.train_size}
     if adapts:
-        config |= {"rank": 8 if args.rank is None else args.rank, "alpha": args.alpha or 16, "targets": args.targets or ALL_LINEAR}
-    if presets is not None:
-        config["nalora"] = asdict(NALoRAConfig(**{**presets, "seed": args.seed, **own}))
-    for name in ("steps", "batch_size", "eval_every", "grad_clip", "lr"):
-        if config[name] <= 0:
+        config |= {"rank": given(args.rank, 8), "alpha": given(args.alpha, 16.0), "targets": args.targets or ALL_LINEAR}
+    if preset is not None:
+        config["nalora"] = asdict(NALoRAConfig(**{**preset, "seed": args.seed, **{f: getattr(args, f) for f in own if getattr(args, f) is not None}}))
+    for name in ("steps", "batch_size", "eval_every", "grad_clip", "lr", "train_size", "test_size"):
+        if config.get(name) is not None and not config[name] > 0:
             raise ValueError(f"--{name.replace('_', '-')} is {config[name]}: give a number above zero.")
     return config
 
@@ -563,7 +568,7 @@ def sample(out, prompt):
     """Prints completions by the trained model in `out`."""
     config = read_json(out / "config.json")
     tokenizer = load_tokenizer(config["data"])
-    if config.get("rank"):
+    if "rank" in config:
         model = Llama.from_pretrained(config["base"])
         load_adapter(model, out / "adapter")
     else:

@@ -51,7 +51,7 @@ class Scene:
                         f"There {'were' if self.past else 'are'} {n} {self.thing} in the bag of {person}.")
 
     def change(self, person, n, verbs, extra):
-        """One gain or loss: `verbs` is GAIN or LOSE, `extra` how the amount may end ("more", "of them")."""
+        """One gain or loss by the person named last: `verbs` is GAIN or LOSE, `extra` how the amount may end ("more", "of them")."""
         verb = self.rng.choice(verbs)[self.past]
         who = self.say(person, self.pronoun(person).capitalize(), "Then " + self.pronoun(person), "Later " + person)
         return f"{who} {verb} {n} {self.say(extra, self.thing)}."
@@ -137,8 +137,9 @@ def gap_after_gain(s, a, b, c):
 
 def gap_after_loss(s, a, b, c):
     p, q, _ = s.people
+    lose = f"{s.say(p, 'Then ' + p)} {s.rng.choice(LOSE)[s.past]} {c} {s.thing}."           # a pronoun would mean q
     ask = s.say(f"How many more {s.thing} does {p} have than {q}?", f"How many {s.thing} does {q} need to have as many as {p}?")
-    return [s.has(p, a), s.has(q, b), s.lose(p, c), ask], [(a, "-", c), (a - c, "-", b)]
+    return [s.has(p, a), s.has(q, b), lose, ask], [(a, "-", c), (a - c, "-", b)]
 
 
 def start_unknown(s, a, b, c):
@@ -202,8 +203,8 @@ def split_problems():
     return splits
 
 
-def one_step_story(rng):
-    """A story with one change or comparison and its outcome; half of them show the equation in between. No question is asked."""
+def story(rng):
+    """A story with one or two changes or comparisons and the outcome, often with the equation in between. Nothing is asked of the reader."""
     s = Scene(rng)
     p, q, r = s.people
     a, b = rng.randint(1, 98), rng.randint(1, 98)
@@ -212,7 +213,7 @@ def one_step_story(rng):
     now = s.say("Now", "So now", "In the end", "After that")
     verb = "had" if s.past else "has"
     plus, minus = (s.say("", f" {x}{sign}{y}={evaluate(x, sign, y)}.") for x, sign, y in ((a, "+", b), (a + b, "-", b)))
-    kind = rng.randrange(7)
+    kind = rng.randrange(11)
     if kind == 0:
         return f"{s.has(p, a)} {s.gain(p, b)}{plus} {now} {s.pronoun(p)} {verb} {a + b} {s.thing}."
     if kind == 1:
@@ -225,8 +226,22 @@ def one_step_story(rng):
         return f"{s.has(p, a)} {s.has(q, b)}{plus} {s.say('Together they have', 'In all there are')} {a + b} {s.thing}."
     if kind == 5:
         return f"{s.has(p, a + b)} {s.has(q, b)}{minus} {p} needs to give up {a} {s.thing} to have as many as {q}."
-    owner, n = rng.choice([(p, a), (q, b), (r, a + b)])
-    return f"{s.has(p, a)} {s.has(q, b)} {s.has(r, a + b)} {s.say('Who', 'We ask who')} has {n} {s.thing}? That is {owner}."
+    if kind == 6:
+        c = rng.randint(1, 99 - a - b) if a + b < 99 else 0
+        return f"{s.has(p, a)} {s.gain(p, b)} {a}+{b}={a + b}. {s.gain(p, c)} {a + b}+{c}={a + b + c}. {now} {s.pronoun(p)} {verb} {a + b + c} {s.thing}."
+    if kind == 7:
+        c = rng.randint(0, a)
+        return f"{s.has(p, a + b)} {s.lose(p, b)} {a + b}-{b}={a}. {s.lose(p, c)} {a}-{c}={a - c}. {now} {s.pronoun(p)} {verb} {a - c} {s.thing}."
+    owners = [(p, a), (q, b), (r, rng.randint(1, 99))]
+    rng.shuffle(owners)
+    sentences = " ".join(s.has(who, n) for who, n in owners)
+    if kind == 8:
+        who, n = rng.choice(owners)
+        return f"{sentences} {s.say('Who', 'We ask who')} has {n} {s.thing}? That is {who}."
+    if s.rng.random() < 0.3:
+        return f"{sentences} {p} and {q} together: {a}+{b}={a + b}."
+    (p, a), (q, b) = sorted(rng.sample(owners, 2), key=lambda owner: -owner[1])
+    return f"{sentences} {s.say(f'{p} has more than {q}', f'{q} has fewer than {p}', f'{q} needs as many as {p}')}: {a}-{b}={a - b}."
 
 
 def plain_story(rng):
@@ -259,7 +274,7 @@ def pretraining_text():
         rng.shuffle(known)
         for i in range(0, len(known), 6):
             documents.append(" ".join(f"{question}{answer}." for question, answer in known[i:i + 6]))
-    documents += [one_step_story(rng) for _ in range(14000)] + [plain_story(rng) for _ in range(5000)]
+    documents += [story(rng) for _ in range(16000)] + [plain_story(rng) for _ in range(5000)]
     rng.shuffle(documents)
     return documents[500:], documents[:500], held_out
 
