@@ -868,14 +868,21 @@ def test_every_solution_is_right_and_uses_the_operands():
 
 def test_pretraining_text_holds_no_word_problem_and_no_held_out_equation():
     text = (HERE / "data" / "pretrain.txt").read_text()
-    assert "answer" not in text
+    assert not re.search(r"answer is [0-9]", text)
     documents = text.splitlines()
+    assert not any(d.partition("?")[2].count("=") > 1 for d in documents)                   # no question with two steps
     shown = set(re.findall(r"(?:^|(?<= ))[0-9]+[+-][0-9]+=", "\n".join(d for d in documents if d[0].isdigit()), re.M))
     held_out = {p["prompt"] for p in train_tiny.read_problems(HERE / "data" / "arithmetic.jsonl")}
     assert len(shown) > 9000 and len(held_out) == 1010 and not shown & held_out
 
 
-def test_make_data_makes_what_is_committed(tmp_path, monkeypatch):
+def test_every_token_of_the_problems_was_trained_in_the_base():
+    counts = np.bincount(sum(TOKENIZER.encode_ordinary_batch((HERE / "data" / "pretrain.txt").read_text().splitlines()), []), minlength=TOKENIZER.n_vocab)
+    used = {i for problems in SPLITS.values() for p in problems for i in TOKENIZER.encode_ordinary(p["prompt"] + p["completion"])}
+    assert min(counts[i] for i in used) > 200                       # an untrained row of a frozen, tied head is out of LoRA's reach
+
+
+def test_make_data_makes_what_is_committed():
     documents, held_out, equations = make_data.pretraining_text()
     assert "\n".join(documents) + "\n" == (HERE / "data" / "pretrain.txt").read_text()
     assert "\n".join(held_out) + "\n" == (HERE / "data" / "pretrain_val.txt").read_text()

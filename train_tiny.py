@@ -34,7 +34,7 @@ ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 METHODS = {"pretrain": None, "full": None, "lora": None, "nalora": {}, "nalora-mask": {"scale": "none"}, "nalora-scale": {"mask": "none"},
            "random-mask": {"mask": "random", "scale": "none"}, "inverted-mask": {"mask": "inverted", "scale": "none"},
            "uniform-scale": {"mask": "none", "scale": "uniform"}}
-LEARNING_RATE = {"pretrain": 3e-3, "full": 1e-3}                   # every LoRA method: 5e-3
+LEARNING_RATE = {"pretrain": 3e-3, "full": 2e-3}                   # every LoRA method: 5e-3
 TINY = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
             max_position_embeddings=256, tie_word_embeddings=True)
 
@@ -502,9 +502,9 @@ def command_line():
     add("--data", type=Path, default=DATA, help="folder of the data files (default: data)")
     group = parser.add_argument_group("optimisation")
     add = group.add_argument
-    add("--steps", type=int, help="optimizer steps (default: 500; pretrain: 4000)")
+    add("--steps", type=int, help="optimizer steps (default: 400; pretrain: 4000)")
     add("--batch-size", type=int, help="problems, or windows of 128 tokens, per step (default: 16)")
-    add("--lr", type=float, help="peak learning rate (default: 5e-3; full: 1e-3; pretrain: 3e-3)")
+    add("--lr", type=float, help="peak learning rate (default: 5e-3; full: 2e-3; pretrain: 3e-3)")
     add("--warmup", type=float, default=0.03, help="share of the steps (default: %(default)s)")
     add("--weight-decay", type=float, help="of matrices (default: 0; pretrain: 0.1)")
     add("--beta1", type=float, default=0.9, help="of AdamW (default: %(default)s)")
@@ -547,7 +547,7 @@ def resolve(args, method):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     config = {"method": method, "seed": args.seed, "device": device, "dtype": args.dtype, "threads": torch.get_num_threads(), "data": str(args.data),
-              "steps": given(args.steps, 4000 if pretrain else 500), "batch_size": given(args.batch_size, 16),
+              "steps": given(args.steps, 4000 if pretrain else 400), "batch_size": given(args.batch_size, 16),
               "lr": given(args.lr, LEARNING_RATE.get(method, 5e-3)), "warmup": args.warmup,
               "weight_decay": given(args.weight_decay, 0.1 if pretrain else 0.0), "beta1": args.beta1,
               "beta2": given(args.beta2, 0.95 if pretrain else 0.999), "grad_clip": args.grad_clip,
@@ -573,9 +573,9 @@ def sample(out, prompt):
         load_adapter(model, out / "adapter")
     else:
         model = Llama.from_pretrained(out / "model")
-    prompts = [prompt.strip() + "\n"] if prompt else [p["prompt"] for p in read_problems(Path(config["data"]) / "test.jsonl")[:3]]
+    prompts = [prompt.strip() + " "] if prompt else [p["prompt"] for p in read_problems(Path(config["data"]) / "test.jsonl")[:3]]
     for text, completion in zip(prompts, solve(model.eval(), tokenizer, prompts)):
-        print(f"{text}{completion}\n")
+        print(f"{text.strip()}\n{completion}\n")
 
 
 def run_all(args):

@@ -75,6 +75,10 @@ class Scene:
         return self.say(f"How many {self.thing} do {names} have in all?", f"How many {self.thing} are there in all?",
                         f"What is the number of {self.thing} of {names} together?")
 
+    def how_many_more(self, person, other):
+        return self.say(f"How many more {self.thing} does {person} have than {other}?",
+                        f"How many {self.thing} does {other} need to have as many as {person}?")
+
 
 # The templates. Each takes a scene and three numbers and returns the sentences and the two steps (x, sign, y) of the solution.
 def gain_gain(s, a, b, c):
@@ -129,17 +133,10 @@ def pool_then_lose(s, a, b, c):
              s.how_many_in_all(p, q)], [(a, "+", b), (a + b, "-", c)])
 
 
-def gap_after_gain(s, a, b, c):
-    p, q, _ = s.people
-    ask = s.say(f"How many more {s.thing} does {p} have than {q}?", f"How many {s.thing} does {q} need to have as many as {p}?")
-    return [s.has(p, a), s.has(q, b), s.gain(q, c), ask], [(b, "+", c), (a, "-", b + c)]
-
-
 def gap_after_loss(s, a, b, c):
     p, q, _ = s.people
-    lose = f"{s.say(p, 'Then ' + p)} {s.rng.choice(LOSE)[s.past]} {c} {s.thing}."           # a pronoun would mean q
-    ask = s.say(f"How many more {s.thing} does {p} have than {q}?", f"How many {s.thing} does {q} need to have as many as {p}?")
-    return [s.has(p, a), s.has(q, b), lose, ask], [(a, "-", c), (a - c, "-", b)]
+    lose = f"{s.say(p, 'Then ' + p)} {s.rng.choice(LOSE)[s.past]} {c} {s.thing}."           # after q's number a pronoun would mean q
+    return [s.has(p, a), s.has(q, b), lose, s.how_many_more(p, q)], [(a, "-", c), (a - c, "-", b)]
 
 
 def start_unknown(s, a, b, c):
@@ -166,7 +163,7 @@ def twice_then_lose(s, a, b, _):
 
 
 TEMPLATES = [gain_gain, gain_lose, lose_gain, lose_lose, more_then_lose, fewer_then_gain, more_more, more_fewer, pool_three,
-             pool_then_lose, gap_after_gain, gap_after_loss, start_unknown, twice_then_gain, twice_then_lose]
+             pool_then_lose, gap_after_loss, start_unknown, twice_then_gain, twice_then_lose]
 
 
 def evaluate(x, sign, y):
@@ -183,7 +180,7 @@ def word_problem(rng):
             break
     answer = evaluate(*steps[1])
     work = " ".join(f"{x}{sign}{y}={evaluate(x, sign, y)}." for x, sign, y in steps)
-    prompt = " ".join(sentences) + "\n"
+    prompt = " ".join(sentences) + " "
     operands = [int(n) for n in re.findall("[0-9]+", prompt)]
     return {"prompt": prompt, "completion": f"{work} The answer is {answer}.", "answer": answer,
             "template": template.__name__, "operands": operands}
@@ -244,6 +241,25 @@ def story(rng):
     return f"{sentences} {s.say(f'{p} has more than {q}', f'{q} has fewer than {p}', f'{q} needs as many as {p}')}: {a}-{b}={a - b}."
 
 
+def one_step_question(rng):
+    """A question that one equation answers, and that equation."""
+    s = Scene(rng)
+    p, q, _ = s.people
+    a, b = rng.randint(1, 98), rng.randint(1, 98)
+    plus = rng.random() < 0.5
+    if plus and a + b > 99:
+        a, b = 99 - a, 99 - b
+    if not plus and a < b:
+        a, b = b, a
+    if plus:
+        told, ask = rng.choice([([s.has(p, a), s.gain(p, b)], s.how_many(p)), ([s.has(p, a), s.compare(q, p, b, "more")], s.how_many(q)),
+                                ([s.has(p, a), s.has(q, b)], s.how_many_in_all(p, q))])
+    else:
+        told, ask = rng.choice([([s.has(p, a), s.lose(p, b)], s.how_many(p)), ([s.has(p, a), s.compare(q, p, b, "fewer")], s.how_many(q)),
+                                ([s.has(p, a), s.has(q, b)], s.how_many_more(p, q))])
+    return f"{' '.join(told)} {ask} {a}{'+' if plus else '-'}{b}={evaluate(a, '+' if plus else '-', b)}."
+
+
 def plain_story(rng):
     """Two or three sentences of the same world without arithmetic."""
     s = Scene(rng)
@@ -253,7 +269,9 @@ def plain_story(rng):
              f"{p} likes {look} {s.thing}, but {q} likes {other} {s.thing}.", f"{r} keeps the {s.thing} at the {place}.",
              f"Who has more {s.thing}, {p} or {r}?", f"{q} counts the {look} {s.thing} of {r}.",
              f"{p} has as many {s.thing} as {q}.", f"{p} has twice as many {s.thing} as {r}.",
-             f"{r} had some {s.thing} at first and gave them to {q}.", f"How many {s.thing} does {p} see at the {place}?"]
+             f"{r} had some {s.thing} at first and gave them to {q}.", f"How many {s.thing} does {p} see at the {place}?", f"{q} knows the answer.",
+             f"The answer is in the {place}.", f"What was in the {place} before?", f"Did {p} see the {s.thing} at first?",
+             f"The two of them did not count the {s.thing}.", f"They put the {s.thing} of {q} together.", f"{s.say('They', 'Together they')} gave away all {s.thing}."]
     return " ".join(rng.sample(lines, rng.choice((2, 3))))
 
 
@@ -270,11 +288,11 @@ def pretraining_text():
     rng.shuffle(equations)
     held_out, known = equations[:len(equations) // 10], equations[len(equations) // 10:]
     documents = []
-    for repeat in range(4):
+    for repeat in range(3):
         rng.shuffle(known)
         for i in range(0, len(known), 6):
             documents.append(" ".join(f"{question}{answer}." for question, answer in known[i:i + 6]))
-    documents += [story(rng) for _ in range(16000)] + [plain_story(rng) for _ in range(5000)]
+    documents += [story(rng) for _ in range(12000)] + [one_step_question(rng) for _ in range(6000)] + [plain_story(rng) for _ in range(4000)]
     rng.shuffle(documents)
     return documents[500:], documents[:500], held_out
 
@@ -305,8 +323,7 @@ def main(argv=None):
                                             for question, answer in held_out_equations))
     for split, problems in splits.items():
         write(out / f"{split}.jsonl", "".join(json.dumps(problem) + "\n" for problem in problems))
-    sample = documents[:600] + [p["prompt"] + p["completion"] for p in splits["train"][:400]]
-    ranks = train_tokenizer("\n".join(sample))
+    ranks = train_tokenizer("\n".join(documents[:1000]))
     write(out / "tokenizer.tiktoken", "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()))
     for path in sorted(out.glob("*.*")):
         print(f"{path.stat().st_size:>10,} bytes  {path.name}")
