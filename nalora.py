@@ -14,12 +14,12 @@ No extra loss, no extra parameter, nothing at inference.
 
 THE ALGORITHM. Given LoRA pairs (A, B) on gate_proj, up_proj and down_proj of every FFN, and any optimizer; keep 0.5, ema 0.9:
 
-    forward   over every 7th token since the last step, per gate channel c:   score_c = mean |phi'(z_c)|
+    forward   over every 17th token since the last step, per gate channel c:   score_c = mean |phi'(z_c)|
               over the same tokens and all channels:   k_hat = sum z phi'(z) phi(z) / sum phi(z)^2,   p = share of z > 0
     step      remember A and B, let the optimizer step as ever (its moments see the true gradients), then per FFN:
               I     <- ema I + (1 - ema) score               temporal importance (F,), from 0; only its order counts
               mask  <- the ceil(keep F) channels with the largest I
-              scale <- 1 / clip(k_hat, 1/2, 2)               but 1 if min(p, 1 - p) < 0.05 or rho' = 0: no two regimes
+              scale <- 1 / clip(k_hat, 1/2, 2)               but 1 if min(p, 1 - p) < 0.05 or phi has rho' = 0: no two regimes
               row c of B_gate      <- before + mask_c scale (after - before)
               A_gate, A and B of up and down                 <- before + scale (after - before)
 
@@ -65,25 +65,25 @@ from safetensors.torch import load_file, save_file
 
 # ---- 1. The mathematics of selection. `act` is any elementwise activation, z any float tensor; no state, no modules. --------------
 
-def activation_parts(act, z):
-    """phi(z), its slope phi'(z) and rho(z) = phi(z) / z, each shaped like z. Autograd differentiates, so any activation will do."""
+def value_and_slope(act, z):
+    """phi(z) and phi'(z), each shaped like z. Autograd differentiates, so any elementwise activation will do."""
     with torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
         z = z.detach().requires_grad_()
         phi = act(z)
-        slope, = torch.autograd.grad(phi.sum(), z)
-    z, phi = z.detach(), phi.detach()
-    return phi, slope, torch.where(z == 0, slope, phi / torch.where(z == 0, 1, z))          # the limit of rho at 0 is phi'(0)
+        slope, = torch.autograd.grad(phi, z, torch.ones_like(phi))
+    return phi.detach(), slope
 
 def selection_weight(act, z):
-    """rho(z) = phi(z) / z, shaped like z: the decision weight that the activation gives to its own input."""
-    return activation_parts(act, z)[2]
+    """rho(z) = phi(z) / z, shaped like z: the decision weight that the activation gives to its own input. Its limit at 0 is phi'(0)."""
+    phi, slope = value_and_slope(act, z)
+    return torch.where(z == 0, slope, phi / torch.where(z == 0, 1, z))
 
 def homogeneity(act, z):
     """kappa(z) = z phi'(z) / phi(z), shaped like z, and 1 wherever phi(z) = 0: zero is homogeneous of every degree, 1 is neutral.
 
     Unbounded below for SiLU and GELU (kappa -> -inf as z -> -inf), so never average it; that is what k_hat is for.
     """
-    phi, slope, _ = activation_parts(act, z)
+    phi, slope = value_and_slope(act, z)
     return torch.where(phi == 0, 1, z * slope / torch.where(phi == 0, 1, phi))
 
 def widen(t):
@@ -91,41 +91,50 @@ def widen(t):
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 def gate_sums(act, z, tokens=None, score="phi_prime"):
-    """All that NA-LoRA keeps of gates z (T, F): one flat vector of sums (F + 5,), so that microbatches simply add up.
+    """All that NA-LoRA keeps of gates z (..., T, F): flat vectors of sums (..., F + 4), so that microbatches simply add up.
 
     tokens (T,): 1 where a token counts and 0 for padding; None counts all. The entries are the score of each channel (F), the number
-    of tokens, and over tokens and channels: sum z phi' phi, sum phi^2, how many z > 0, and sum |z rho'| (= |phi' - rho|).
+    of tokens, and over tokens and channels: sum z phi'(z) phi(z), sum phi(z)^2, how many z > 0.
     """
     z = widen(z)
-    tokens = z.new_ones(len(z)) if tokens is None else tokens.to(z)
-    phi, slope, rho = activation_parts(act, z)                                              # (T, F) each
+    tokens = z.new_ones(z.size(-2)) if tokens is None else tokens.to(z)
+    z = z * tokens[:, None]                             # padding becomes z = 0 and adds nothing to the totals, since phi(0) = 0
+    phi, slope = value_and_slope(act, z)                                                    # (..., T, F) each
     scores = slope.abs()
     if score == "rho_prime":
         nearby = torch.where(z.abs() < 1e-3, 1e-3, z)                                       # rho' = (phi' - rho) / z cancels at 0
-        _, nearby_slope, nearby_rho = activation_parts(act, nearby)
-        scores = ((nearby_slope - nearby_rho) / nearby).abs()
-    totals = [tokens @ t.sum(1) for t in (z * slope * phi, phi * phi, (z > 0).to(z), (slope - rho).abs())]
-    return torch.cat([tokens @ scores, torch.stack([tokens.sum(), *totals])])
+        phi_nearby, slope_nearby = value_and_slope(act, nearby)
+        scores = ((slope_nearby - phi_nearby / nearby) / nearby).abs()
+    totals = [(z * slope * phi).sum((-2, -1)), (phi * phi).sum((-2, -1)), torch.heaviside(z, z.new_zeros(())).sum((-2, -1))]
+    return torch.cat([tokens @ scores, torch.stack([tokens.sum().expand_as(totals[0]), *totals], -1)], -1)
 
-def regime(sums):
-    """(k_hat, occupancy, degenerate) of `gate_sums`, 0-dim each. k_hat = sum z phi' phi / sum phi^2 solves z phi' = k phi in least
-    squares and is 1 if every phi is 0. Degenerate: under 5 % of the gates on one side of zero, or mean |z rho'| < 1e-6."""
-    (tokens, z_slope_phi, phi_phi, positive, movement), channels = sums[-5:], len(sums) - 5
-    occupancy, movement = positive / (tokens * channels), movement / (tokens * channels)
-    k_hat = torch.where(phi_phi > 0, z_slope_phi / phi_phi, 1)
-    return k_hat, occupancy, (torch.minimum(occupancy, 1 - occupancy) < 0.05) | (movement < 1e-6)
+def regime(totals, channels):
+    """(k_hat, occupancy), (...) each, of the last four entries of `gate_sums`, totals (..., 4), over `channels` channels.
+
+    k_hat = sum z phi' phi / sum phi^2 solves z phi' = k phi in least squares, and is 1 if every phi is 0."""
+    tokens, z_slope_phi, phi_phi, positive = totals.unbind(-1)
+    return torch.where(phi_phi > 0, z_slope_phi / phi_phi, 1), positive / (tokens * channels)
+
+def selects(act):
+    """Whether the selection weight moves at all: False for linear and ReLU, whose rho' = 0 and whose regimes are thus one."""
+    z = torch.linspace(-4, 4, 33)
+    return not torch.allclose(homogeneity(act, z), torch.ones(33), atol=1e-5)
 
 def importance_mask(importance, keep):
-    """Bool (F,): the ceil(keep F) channels of largest importance (F,), lower index first among equals. ValueError unless 0 < keep <= 1."""
+    """Bool (..., F): the ceil(keep F) channels of largest importance (..., F), lower index first among equals. ValueError unless
+    0 < keep <= 1."""
     if not 0 < keep <= 1:
         raise ValueError(f"keep is {keep}, but it is the share of gate channels that may move: give a number in (0, 1].")
-    count = max(1, math.ceil(keep * len(importance) - 1e-9))                                # in floats 0.1 * 30 is above 3
-    first = torch.argsort(importance, descending=True, stable=True)[:count]
-    return torch.zeros_like(importance, dtype=torch.bool).index_fill(0, first, True)
+    count = max(1, math.ceil(keep * importance.size(-1) - 1e-9))                            # in floats 0.1 * 30 is above 3
+    first = torch.argsort(importance, dim=-1, descending=True, stable=True)[..., :count]
+    return torch.zeros_like(importance, dtype=torch.bool).scatter(-1, first, True)
 
-def step_scale(k_hat, degenerate):
-    """1 / clip(k_hat, 1/2, 2), or 1 where degenerate. A k_hat below 1/2, negative too, gives 2: selection opposes the step there."""
-    return torch.where(degenerate, 1.0, 1 / k_hat.clamp(0.5, 2))
+def step_scale(k_hat, occupancy):
+    """1 / clip(k_hat, 1/2, 2), or 1 if under 5 % of the gates lie on one side of zero (or nothing was observed: NaN).
+
+    A k_hat below 1/2, negative too, gives 2: selection opposes the step there."""
+    two_regimes = torch.minimum(occupancy, 1 - occupancy) >= 0.05
+    return torch.where(two_regimes, 1 / k_hat.clamp(0.5, 2), 1)
 
 # ---- 2. LoRA (arXiv 2106.09685), complete. It knows nothing of what follows. -------------------------------------------------------
 
@@ -160,7 +169,7 @@ class NALoRAConfig:
     budget: str = "raw"             # "neutral": mask / its mean and scales / their geometric mean over FFNs; the mean step stays LoRA's
     score: str = "phi_prime"        # "phi_prime": |phi'| | "rho_prime": |rho'|
     ema: float = 0.9                # decay of the importance per step, in [0, 1)
-    stride: int = 7                 # observe every 7th token; a prime does not lock on to a sequence length
+    stride: int = 17                # observe every 17th token: odd, so that it meets all places of sequences of even length
     seed: int = 0                   # of the random mask
 
     def __post_init__(self):
@@ -176,11 +185,12 @@ class NALoRA:
 
     def __init__(self, model, optimizer, config=None):
         self.config = config = config or NALoRAConfig()
-        self.token_mask, self._sums, self._before = None, {}, []
+        self.token_mask, self._samples, self._sums, self._seen, self._before = None, {}, {}, {}, []
         self._ffns = {name: m for name, m in model.named_modules() if is_gated_ffn(m) and lora_pair(m.gate_proj)}
         if not self._ffns:
             raise ValueError("No gated FFN here has LoRA on its gate_proj: call inject_lora with 'gate_proj' among the targets first.")
         self._state = {name: initial_state(config, i, ffn) for i, (name, ffn) in enumerate(self._ffns.items())}
+        self._selects = torch.tensor([selects(ffn.act_fn) for ffn in self._ffns.values()], device=next(model.parameters()).device)
         self._controlled = [entry for name, ffn in self._ffns.items() for entry in controlled_parameters(config, name, ffn)]
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if any(id(p) not in held for _, _, p in self._controlled):
@@ -198,28 +208,50 @@ class NALoRA:
             if self.token_mask is not None and self.token_mask.shape != z.shape[:-1]:
                 raise ValueError(f"token_mask is {tuple(self.token_mask.shape)} but the gates see tokens {tuple(z.shape[:-1])}: "
                                  "set it anew before each forward pass, or to None.")
-            tokens = None if self.token_mask is None else self.token_mask.flatten()[::self.config.stride].ne(0)
-            sample = z.detach().flatten(0, -2)[::self.config.stride]                        # (T, F)
-            self._sums[name] = self._sums.get(name, 0) + gate_sums(self._ffns[name].act_fn, sample, tokens, self.config.score)
+            if name in self._samples:                                                       # another microbatch has begun
+                self._add_up()
+            seen, stride = self._seen.get(name, 0), self.config.stride
+            every, self._seen[name] = slice(-seen % stride, None, stride), seen + z.shape[:-1].numel()
+            tokens = None if self.token_mask is None else self.token_mask.flatten()[every].ne(0)
+            self._samples[name] = z.detach().flatten(0, -2)[every].clone(), tokens          # (T, F), (T,)
+
+    def _add_up(self):
+        """Adds the sums of the samples of one forward pass to those of this step, all FFNs of one shape at once."""
+        alike = {}
+        for name, (z, _) in self._samples.items():
+            alike.setdefault((z.shape, z.device, repr(self._ffns[name].act_fn)), []).append(name)
+        for names in alike.values():
+            z, tokens = torch.stack([self._samples[name][0] for name in names]), self._samples[names[0]][1]        # (FFNs, T, F)
+            for name, sums in zip(names, gate_sums(self._ffns[names[0]].act_fn, z, tokens, self.config.score)):
+                self._sums[name] = self._sums[name] + sums if name in self._sums else sums
+        self._samples = {}
 
     def _decide(self):
-        """The sums since the last step -> the state of each FFN. Stays on the device: no host synchronisation."""
-        c = self.config
+        """The sums since the last step -> importance, mask, k_hat, occupancy, scale. Stays on the device: no host synchronisation."""
+        c, states, alike = self.config, self._state.values(), {}
         for name, sums in self._sums.items():
-            old, (k_hat, occupancy, degenerate) = self._state[name], regime(sums)
-            importance = torch.lerp(old["importance"], sums[:-5] / sums[-5], 1 - c.ema)                             # (F,)
-            new = dict(old, importance=importance, k_hat=k_hat, occupancy=occupancy, degenerate=degenerate)
+            alike.setdefault(sums.shape, []).append(name)
+        for names in alike.values():                                                        # all FFNs of one width at once
+            sums = torch.stack([self._sums[name] for name in names])                        # (FFNs, F + 4)
+            old = {key: torch.stack([self._state[name][key] for name in names]) for key in self._state[names[0]]}
+            importance = torch.lerp(sums[:, :-4] / sums[:, -4:-3], old["importance"], c.ema)                        # (FFNs, F)
+            k_hat, occupancy = regime(sums[:, -4:], importance.size(-1))                    # (FFNs,) each
+            new = dict(old, importance=importance, k_hat=k_hat, occupancy=occupancy)
             if c.mask in ("derivative", "inverted") and not c.soft:
                 new["mask"] = importance_mask(importance if c.mask == "derivative" else -importance, c.keep)
-            usable = (sums[-5] > 0) & sums.isfinite().all()                                 # neither all padding nor overflow
-            self._state[name] = {key: torch.where(usable, new[key], old[key]) for key in old}
+            usable = (sums[:, -4] > 0) & sums.sum(-1).isfinite()                            # neither all padding nor overflow
+            for key in ("importance", "mask", "k_hat", "occupancy"):
+                chosen = torch.where(usable if new[key].dim() == 1 else usable[:, None], new[key], old[key])
+                for name, value in zip(names, chosen):
+                    self._state[name][key] = value
         if c.scale != "none":
-            scales = torch.stack([step_scale(s["k_hat"], s["degenerate"]) for s in self._state.values()])           # (FFNs,)
+            k_hats, occupancies = (torch.stack([s[key] for s in states]) for key in ("k_hat", "occupancy"))         # (FFNs,) each
+            scales = torch.where(self._selects, step_scale(k_hats, occupancies), 1)
             if c.scale == "uniform":
                 scales = scales.mean().expand_as(scales)
             if c.budget == "neutral":
                 scales = scales / scales.log().mean().exp()
-            for state, scale in zip(self._state.values(), scales):
+            for state, scale in zip(states, scales):
                 state["scale"] = scale
 
     def _row_weight(self, importance, mask):
@@ -234,11 +266,13 @@ class NALoRA:
     @torch.no_grad()
     def _after_step(self, optimizer, args, kwargs):
         skipped = getattr(optimizer, "found_inf", None)                                     # a fused optimizer under GradScaler
-        if self._sums and not (skipped is not None and skipped.item()):
-            self._decide()
-        elif self._observes and not self._sums:
-            warnings.warn("NALoRA saw no gate before this optimizer step: is the model in train() mode, and run under grad?", stacklevel=3)
-        self._sums = {}
+        if skipped is None or not skipped.item():
+            self._add_up()
+            if self._sums:
+                self._decide()
+            elif self._observes:
+                warnings.warn("NALoRA saw no gate before this optimizer step: is the model in train() mode, and run under grad?", stacklevel=3)
+        self._samples, self._sums, self._seen = {}, {}, {}
         for (name, is_gate_B, p), before in zip(self._controlled, self._before):
             state = self._state[name]
             weight = state["scale"] * self._row_weight(state["importance"], state["mask"]) if is_gate_B else state["scale"]
@@ -246,7 +280,7 @@ class NALoRA:
         self._before = []
 
     def statistics(self):
-        """{FFN module name: {"importance" (F,), "mask" (F,) bool, "k_hat", "occupancy", "degenerate", "scale"}} of the last step.
+        """{FFN module name: {"importance" (F,), "mask" (F,) bool, "k_hat", "occupancy", "scale": floats}} of the last step.
 
         Before the first step, and in methods that never look at the gates: importance 0, k_hat and occupancy NaN, scale 1.
         """
@@ -284,7 +318,7 @@ def initial_state(config, index, ffn):
     draw = torch.rand(len(B), generator=torch.Generator().manual_seed(config.seed + 1_000_003 * index))
     zero = widen(B.detach().new_zeros(()))
     return {"importance": zero.repeat(len(B)), "mask": importance_mask(draw, config.keep if config.mask == "random" else 1).to(B.device),
-            "k_hat": zero + math.nan, "occupancy": zero + math.nan, "degenerate": zero == 0, "scale": zero + 1}
+            "k_hat": zero + math.nan, "occupancy": zero + math.nan, "scale": zero + 1}
 
 def controlled_parameters(config, name, ffn):
     """Yields (FFN name, whether it is B_gate, parameter) of what the method steers: B_gate by the mask, every pair by the scale."""
@@ -320,11 +354,7 @@ def check_rank(rank, linear, name):
 
 def effective_homogeneity(act, z):
     """k_hat of all of z, any shape, 0-dim: a degree that channels which are off do not disturb; exactly 1 for linear and ReLU."""
-    return regime(gate_sums(act, z.reshape(1, -1)))[0]
-
-def coarse_partition(act, z):
-    """(occupancy, degenerate) of all of z, any shape, 0-dim each: the share of z > 0, and whether step scaling has to stay off."""
-    return regime(gate_sums(act, z.reshape(1, -1)))[1:]
+    return regime(gate_sums(act, z.reshape(1, -1))[-4:], z.numel())[0]
 
 def selection_misalignment(act, z, z_full, z_base):
     """M = ||rho(z) - rho(z_full)|| / ||rho(z_full) - rho(z_base)||, 0-dim: gates of one layer on the same tokens, all of one shape,
@@ -338,8 +368,7 @@ def selection_misalignment(act, z, z_full, z_base):
 
 def selection_entropy(act, z):
     """H = -sum p log p / log F in [0, 1], 0-dim, of z (tokens, F), p_c ~ mean |phi'(z_c)| rho(z_c). 1: all channels respond alike."""
-    _, slope, rho = activation_parts(act, z)
-    p = (slope.abs() * rho).mean(0).clamp(min=0)                                            # (F,)
+    p = (value_and_slope(act, z)[1].abs() * selection_weight(act, z)).mean(0).clamp(min=0)  # (F,)
     return torch.special.entr(p / p.sum()).sum() / math.log(len(p))
 
 # ---- 5. The Llama it is shown on. Parameter and configuration names are Hugging Face's: its checkpoints load as they are. ----------

@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 
 import nalora
 import train_tiny
-from nalora import (ACTIVATIONS, Llama, LlamaConfig, LoRALinear, NALoRA, NALoRAConfig, activation_parts, coarse_partition,
+from nalora import (ACTIVATIONS, Llama, LlamaConfig, LoRALinear, NALoRA, NALoRAConfig,
                     effective_homogeneity, homogeneity, importance_mask, inject_lora, load_adapter, lora_parameters, merge_lora,
-                    save_adapter, selection_entropy, selection_misalignment, selection_weight, step_scale)
+                    save_adapter, selection_entropy, selection_misalignment, selection_weight, step_scale, value_and_slope)
 
 HERE = Path(__file__).resolve().parent
 FFN = ["gate_proj", "up_proj", "down_proj"]
@@ -96,10 +96,10 @@ CLOSED_FORMS = {"silu": (SIGMOID(Z), SIGMOID(Z) * (1 + Z * (1 - SIGMOID(Z)))),
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_closed_forms(name):
     rho, slope = CLOSED_FORMS[name]
-    phi, slope_by_autograd, rho_by_division = activation_parts(ACTIVATIONS[name], Z)
+    phi, slope_by_autograd = value_and_slope(ACTIVATIONS[name], Z)
     torch.testing.assert_close(phi, Z * rho, atol=1e-12, rtol=0)
     torch.testing.assert_close(slope_by_autograd, slope, atol=1e-10, rtol=0)
-    torch.testing.assert_close(rho_by_division, rho, atol=1e-10, rtol=0)
+    torch.testing.assert_close(selection_weight(ACTIVATIONS[name], Z), rho, atol=1e-10, rtol=0)
     on = (phi != 0) & (Z != 0)
     torch.testing.assert_close(homogeneity(ACTIVATIONS[name], Z)[on], (slope / rho)[on], atol=1e-7, rtol=1e-7)
 
@@ -113,13 +113,13 @@ def test_known_points_of_kappa(name, zero, top, top_at):
 
 
 def test_silu_slope_range():
-    slope = activation_parts(F.silu, Z)[1]
+    slope = value_and_slope(F.silu, Z)[1]
     assert abs(slope.min().item() + 0.0998) < 1e-4 and abs(slope.max().item() - 1.0998) < 1e-4
 
 
 def test_a_gate_step_moves_features_and_selection():
     z, delta = Z[::100], 1e-4
-    phi, slope, rho = activation_parts(F.silu, z)
+    (phi, slope), rho = value_and_slope(F.silu, z), selection_weight(F.silu, z)
     moved = F.silu(z + delta) - phi
     features, selection = rho * delta, (slope - rho) * delta        # z rho' = phi' - rho
     assert (moved - features - selection).abs().max() < delta**2
@@ -135,7 +135,7 @@ def test_homogeneous_activations_have_their_degree(act, degree):
 
 def test_k_hat_is_the_least_squares_degree():
     z = torch.randn(50, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    phi, slope, _ = activation_parts(F.silu, z)
+    phi, slope = value_and_slope(F.silu, z)
     solution = np.linalg.lstsq(phi.reshape(-1, 1).numpy(), (z * slope).reshape(-1).numpy(), rcond=None)[0]
     assert effective_homogeneity(F.silu, z).item() == pytest.approx(solution.item(), abs=1e-12)
 
@@ -150,12 +150,13 @@ def test_extreme_gates_stay_finite(dtype):
 
 
 def test_partition_and_its_degenerate_cases():
-    mixed = torch.tensor([-2.0, -1.0, 1.0, 3.0])
-    assert coarse_partition(F.silu, mixed)[0] == 0.5
-    assert [bool(coarse_partition(act, mixed)[1]) for act in (F.silu, F.gelu, F.relu, lambda z: 2 * z)] == [False, False, True, True]
-    assert coarse_partition(F.silu, torch.arange(1.0, 100))[1] and coarse_partition(F.silu, -torch.arange(1.0, 100))[1]
-    k, flag = torch.tensor([0.1, 0.8, 1.0, 1.6, 9.0, 0.8, -1.0]), torch.tensor([0, 0, 0, 0, 0, 1, 0], dtype=torch.bool)
-    torch.testing.assert_close(step_scale(k, flag), torch.tensor([2, 1.25, 1, 0.625, 0.5, 1, 2]))
+    regime = lambda z: nalora.regime(nalora.gate_sums(F.silu, z.reshape(1, -1))[-4:], z.numel())
+    k_hat, occupancy = regime(torch.tensor([-2.0, -1.0, 1.0, 3.0]))
+    assert occupancy == 0.5 and step_scale(k_hat, occupancy).item() == pytest.approx(1 / k_hat.item()) != 1
+    assert step_scale(*regime(torch.arange(1.0, 100))) == step_scale(*regime(-torch.arange(1.0, 100))) == 1
+    assert [nalora.selects(act) for act in (*ACTIVATIONS.values(), lambda z: 2 * z, lambda z: F.leaky_relu(z))] == [True] * 4 + [False] * 3
+    k, p = torch.tensor([0.1, 0.8, 1.0, 1.6, 9.0, 0.8, -1.0, 0.8]), torch.tensor([0.5, 0.5, 0.5, 0.05, 0.5, 0.04, 0.5, 0.96])
+    torch.testing.assert_close(step_scale(k, p), torch.tensor([2, 1.25, 1, 0.625, 0.5, 1, 2, 1]))
 
 
 @pytest.mark.parametrize("keep, width, kept", [(0.5, 10, 5), (0.1, 30, 3), (0.01, 30, 1), (1e-12, 30, 1), (1, 30, 30), (0.34, 3, 2)])
@@ -192,7 +193,6 @@ def test_exactly_the_adapters_train_and_the_base_keeps_its_bits():
 
 
 def test_float32_adapters_on_a_bfloat16_base():
-    model = lora_llama()
     model = Llama(SMALL).bfloat16()
     inject_lora(model, FFN, 4, 8)
     assert {p.dtype for p in lora_parameters(model)} == {torch.float32}
@@ -290,12 +290,12 @@ def test_statistics_are_those_of_the_step():
         assert tool.statistics().keys() == gates.keys() == importance.keys()
         for name, s in tool.statistics().items():
             z = gates[name]
-            importance[name] = 0.8 * importance[name] + 0.2 * activation_parts(F.silu, z)[1].abs().mean(0)
+            importance[name] = 0.8 * importance[name] + 0.2 * value_and_slope(F.silu, z)[1].abs().mean(0)
             torch.testing.assert_close(s["importance"], importance[name])
             assert torch.equal(s["mask"], importance_mask(s["importance"], 0.5))
-            k_hat, (occupancy, degenerate) = effective_homogeneity(F.silu, z), coarse_partition(F.silu, z)
+            k_hat, occupancy = effective_homogeneity(F.silu, z), (z > 0).float().mean()
             assert s["k_hat"] == pytest.approx(k_hat.item()) and s["occupancy"] == pytest.approx(occupancy.item())
-            assert s["scale"] == pytest.approx(step_scale(k_hat, degenerate).item())
+            assert s["scale"] == pytest.approx(step_scale(k_hat, occupancy).item())
 
 
 @pytest.mark.parametrize("scale", ["homogeneity", "uniform"])
@@ -354,8 +354,9 @@ def test_score_rho_prime():
     assert scores.item() == pytest.approx((SIGMOID(z) * (1 - SIGMOID(z))).mean().item(), abs=1e-4)
 
 
-def test_microbatches_equal_one_batch():
-    (model, opt, whole), (model_m, opt_m, parts) = start(NALoRAConfig(stride=1)), start(NALoRAConfig(stride=1))
+@pytest.mark.parametrize("stride", [1, 7])
+def test_microbatches_equal_one_batch(stride):
+    (model, opt, whole), (model_m, opt_m, parts) = start(NALoRAConfig(stride=stride)), start(NALoRAConfig(stride=stride))
     for i in range(3):
         take_step(model, opt, i)
         tokens, targets = batch(i)
@@ -442,6 +443,14 @@ def test_a_step_skipped_by_a_fused_optimizer_advances_nothing():
     opt.step()
     del opt.found_inf
     assert all(equal(before["ffns"][n], s) for n, s in tool.state_dict()["ffns"].items()) and equal(parameters, snapshot(model))
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_every_activation_trains(act):
+    model, opt, tool = start(NALoRAConfig(stride=1), lora_llama(hidden_act=act))
+    losses = [take_step(model, opt, 0) for _ in range(5)]
+    assert losses[-1] < losses[0]
+    assert all((s["scale"] == 1) == (act == "relu") and s["mask"].sum() == 24 for s in tool.statistics().values())
 
 
 @pytest.mark.parametrize("spoil", ["padding", "overflow"])

@@ -24,8 +24,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from nalora import (ACTIVATIONS, Llama, LlamaConfig, NALoRA, NALoRAConfig, activation_parts, homogeneity, inject_lora, load_adapter,
-                    lora_parameters, read_json, save_adapter, write_json, write_whole)
+from nalora import (ACTIVATIONS, Llama, LlamaConfig, NALoRA, NALoRAConfig, homogeneity, inject_lora, load_adapter,
+                    lora_parameters, read_json, save_adapter, selection_weight, value_and_slope, write_json, write_whole)
 
 DATA = Path(__file__).resolve().parent / "data"
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -464,8 +464,8 @@ def draw_activations(path):
     figure, axes = new_figure(4, width=12)
     z = torch.linspace(-5, 5, 1001)
     for name, style in (("silu", "-"), ("gelu", "--"), ("relu", ":")):
-        phi, slope, rho = activation_parts(ACTIVATIONS[name], z)
-        kappa = homogeneity(ACTIVATIONS[name], z)
+        act = ACTIVATIONS[name]
+        (phi, slope), rho, kappa = value_and_slope(act, z), selection_weight(act, z), homogeneity(act, z)
         if name == "relu":
             kappa[z < 0] = math.nan                                 # 0/0: the code's convention there is 1, the curve has none
         for ax, y in zip(axes, (phi, rho, slope, kappa)):
