@@ -512,6 +512,8 @@ class Llama(nn.Module):
     def generate(self, tokens, max_new_tokens, temperature=0.0, top_k=None, stop=None, generator=None):
         """tokens (B, T), no padding -> (B, T + n), n <= max_new_tokens, by a key/value cache. temperature 0 is greedy; top_k samples
         among the k likeliest; after the token `stop` a row repeats it, and n is reached when all rows stopped. ValueError beyond the context."""
+        if tokens.size(1) < 1 or temperature < 0 or (top_k is not None and top_k < 1):
+            raise ValueError("generate needs a prompt of at least one token, a temperature >= 0 and a top_k >= 1 (or None).")
         if tokens.size(1) + max_new_tokens > self.config.max_position_embeddings:
             raise ValueError(f"A prompt of {tokens.size(1)} tokens and {max_new_tokens} new ones exceed the context of "
                              f"{self.config.max_position_embeddings}: shorten the prompt or ask for fewer.")
@@ -597,10 +599,11 @@ def lora_parameters(model):
 
 @torch.no_grad()
 def merge_lora(model):
-    """W <- W + (alpha / rank) B A, computed in float32 and rounded once to W's dtype; each nn.Linear is back in its place afterwards.
+    """W <- W + (alpha / rank) B A, computed in float32 and rounded once to W's dtype; each nn.Linear is back in its place afterwards,
+    and frozen. Returns their names.
 
-    Returns their names. There is no way back, and a second call is a ValueError: nothing is left to merge. So is a tied weight,
-    since merging it would change another layer too; then nothing is changed.
+    There is no way back, and a second call is a ValueError: nothing is left to merge. So is a tied weight, since merging it would
+    change another layer too; then nothing is changed.
     """
     layers = lora_layers(model)
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values())
@@ -642,7 +645,7 @@ def load_adapter(model, directory):
     directory = Path(directory)
     config, tensors = read_json(directory / "adapter_config.json"), read(directory / "adapter_model.safetensors", load_file)
     more = [k for k in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out") if config.get(k)]
-    if more or config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or not {"r", "lora_alpha"} <= set(config):
+    if more or config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or not all(isinstance(config.get(k), (int, float)) for k in ("r", "lora_alpha")):
         raise ValueError(f"{directory} holds no plain LoRA adapter (see {more[0] if more else 'peft_type, bias, r, lora_alpha'} in adapter_config.json).")
     rank, alpha = config["r"], config["lora_alpha"]
     linears = {n.removesuffix(".base_layer"): m for n, m in model.named_modules() if isinstance(m, nn.Linear)}

@@ -853,7 +853,6 @@ def test_tokenizer_round_trip(text):
 def test_digits_are_single_tokens_and_the_pattern_is_the_trained_one():
     for number in range(1000):
         ids = TOKENIZER.encode_ordinary(f"has {number} eggs")
-        assert [TOKENIZER.decode([i]) for i in ids] == ["h", "as", " ", *str(number), " eggs"] or len(ids) >= 3 + len(str(number))
         assert all(sum(c.isdigit() for c in TOKENIZER.decode([i])) <= 1 for i in ids)
     assert TOKENIZER._pat_str == make_data.PATTERN and TOKENIZER.n_vocab == make_data.VOCAB
 
@@ -886,7 +885,7 @@ def test_pretraining_text_holds_no_word_problem_and_no_held_out_equation():
 
 
 def test_every_token_of_the_problems_was_trained_in_the_base():
-    counts = np.bincount(sum(TOKENIZER.encode_ordinary_batch((HERE / "data" / "pretrain.txt").read_text().splitlines()), []), minlength=TOKENIZER.n_vocab)
+    counts = np.bincount(TOKENIZER.encode_ordinary((HERE / "data" / "pretrain.txt").read_text()), minlength=TOKENIZER.n_vocab)
     used = {i for problems in SPLITS.values() for p in problems for i in TOKENIZER.encode_ordinary(p["prompt"] + p["completion"])}
     assert min(counts[i] for i in used) > 200                       # an untrained row of a frozen, tied head is out of LoRA's reach
 
@@ -903,10 +902,8 @@ def test_the_committed_base_is_small_and_in_half_precision():
     path = HERE / "data" / "base" / "model.safetensors"
     assert path.stat().st_size < 4e6 and {t.dtype for t in load_file(path).values()} == {torch.float16}
     model = Llama.from_pretrained(HERE / "data" / "base")
-    problems = train_tiny.read_problems(HERE / "data" / "arithmetic.jsonl")[:100]
-    completions = train_tiny.solve(model, TOKENIZER, [p["prompt"] for p in problems], 3)
-    assert sum(c.split(".")[0] == str(p["answer"]) for c, p in zip(completions, problems)) >= 90
-    assert train_tiny.exact_match(model, TOKENIZER, SPLITS["test"][:50])[0] <= 0.02
+    assert train_tiny.arithmetic_accuracy(model, TOKENIZER, train_tiny.read_problems(HERE / "data" / "arithmetic.jsonl")) > 0.95
+    assert train_tiny.exact_match(model, TOKENIZER, SPLITS["test"][:200])[0] <= 0.01
 
 
 # ---- train_tiny.py ------------------------------------------------------------------------------------------------------------------
@@ -949,10 +946,9 @@ def test_every_method_runs_and_reports(base, tmp_path, capsys, method):
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == [2, 4, 6] and all(math.isfinite(r["loss"]) for r in records)
     assert "tokens/s" in out and "parameters train" in out and '"method"' in out and (tmp_path / "run" / "loss.png").stat().st_size > 5000
+    assert 0 <= summary["test_exact_match"] <= 1 and f"{method}: exact match" in out and len(re.findall(r"\[(?:right|wrong)", out)) == 3
     if method == "pretrain":
         Llama.from_pretrained(tmp_path / "run" / "model")
-    else:
-        assert 0 <= summary["test_exact_match"] <= 1 and f"{method}: exact match" in out and out.count("[") >= 3
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists() == (method not in ("pretrain", "full"))
     assert (tmp_path / "run" / "nalora.png").exists() == ("layers" in records[0]) == (train_tiny.METHODS[method] is not None)
     assert train_tiny.main(["--sample", "Ann has 3 apples.", "--out", str(tmp_path / "run")]) == 0
@@ -960,7 +956,7 @@ def test_every_method_runs_and_reports(base, tmp_path, capsys, method):
 
 
 def test_method_all_prints_one_table(base, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train_tiny.step_time_ratio, "__defaults__", (2,))
+    monkeypatch.setattr(train_tiny, "step_time_ratio", lambda a, b, pairs, f=train_tiny.step_time_ratio: f(a, b, 2))
     assert train_tiny.main(arguments(base, tmp_path / "all", "all", "--keep", "0.25")) == 0
     out = capsys.readouterr().out
     assert re.search(r"NA-LoRA step / LoRA step = \d\.\d{3}", out) and all(re.search(rf"^{m} +\d", out, re.M) for m in ("full", "lora", "nalora"))
@@ -987,7 +983,9 @@ def plain_result(base, tmp_path_factory):
                                   "--train-size 8", "--rank 2", "--alpha 4", "--targets gate_proj up_proj", "--keep 0.2", "--ema 0", "--soft", "--scale none",
                                   "--scale uniform", "--mask random", "--mask inverted", "--budget neutral", "--score rho_prime", "--stride 3", "--dtype bfloat16",
                                   "--steps 5"])
-def test_every_flag_changes_the_adapter(base, tmp_path, plain_result, flag):
+def test_every_flag_changes_the_adapter(base, tmp_path, plain_result, monkeypatch, flag):
+    monkeypatch.setattr(train_tiny, "draw_loss", lambda *_: None)
+    monkeypatch.setattr(train_tiny, "draw_layers", lambda *_: None)
     assert train_tiny.main(arguments(base, tmp_path / "run", "nalora", *flag.split())) == 0
     name = "adapter/adapter_model.safetensors"
     assert result(tmp_path / "run")[name] != plain_result[name]
@@ -1052,7 +1050,10 @@ def test_kill_9_and_resume_end_in_the_same_bits(base, tmp_path):
     ("--targets q_proj", "No gated FFN"), ("--keep 0", "keep is 0"), ("--keep 1.01", "keep is 1.01"), ("--stride 0", "stride is 0"), ("--ema 1", "ema is 1"),
     ("--method lora --keep 0.5", "--keep has no effect with --method lora"), ("--method full --rank 4", "--rank has no effect"),
     ("--method pretrain --train-size 5", "--train-size has no effect"), ("--base nowhere", "nowhere/config.json cannot be read"), ("--steps 0", "--steps is 0"),
-    ("--lr -1", "--lr is -1"), ("--data nowhere", "nowhere"), ("--scale uniform --budget neutral", "exactly 1"), ("--batch-size -2", "--batch-size is -2")])
+    ("--lr -1", "--lr is -1"), ("--data nowhere", "nowhere"), ("--scale uniform --budget neutral", "exactly 1"), ("--batch-size -2", "--batch-size is -2"),
+    ("--seed -1", "negative"), ("--warmup nan", "--warmup is nan"), ("--alpha 0", "--alpha is 0"), ("--threads 0", "--threads is 0"), ("--soft --keep 0.2", "--keep has no effect"),
+    ("--method random-mask --mask derivative", "--mask has no effect"), ("--method nalora-scale --score rho_prime", "--score has no effect"),
+    ("--method all --rank 0", "rank is 0"), ("--method all --targets q_proj", "No gated FFN"), ("--device mps", "--device mps is not available")])
 def test_bad_flags(base, tmp_path, capsys, flags, message):
     given = arguments(base, tmp_path / "run", "nalora")
     if "--method pretrain" in flags:
@@ -1074,13 +1075,16 @@ def test_corrupt_data_names_file_and_line(base, tmp_path, capsys):
     data = tmp_path / "data"
     shutil.copytree(HERE / "data", data, ignore=shutil.ignore_patterns("base", "*.py", "__pycache__"))
     lines = (data / "train.jsonl").read_text().splitlines()
-    for bad in ('{"prompt": "x"', '{"prompt": "x", "completion": "y"}', '{"prompt": 1, "completion": "y", "answer": 2}', "", "7"):
+    too_long = json.dumps({"prompt": "Ann " * 300, "completion": "1.", "answer": 1})
+    for bad in (too_long, '{"prompt": "x"', '{"prompt": "x", "completion": "y"}', '{"prompt": 1, "completion": "y", "answer": 2}', "", "7"):
         (data / "train.jsonl").write_text("\n".join([*lines[:6], bad, *lines[7:]]))
         assert train_tiny.main([*arguments(base, tmp_path / "run"), "--data", str(data)]) == 2
         assert "train.jsonl, line 7:" in capsys.readouterr().err
-    (data / "tokenizer.tiktoken").write_text("broken")
-    assert train_tiny.main([*arguments(base, tmp_path / "run"), "--data", str(data)]) == 2
-    assert "cannot be read as a tokenizer" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    for name, content, message in (("train.jsonl", "", "holds no problem"), ("tokenizer.tiktoken", "broken", "cannot be read as a tokenizer"),
+                                   ("tokenizer.tiktoken", "AA== 0\nAQ== 0\n", "a byte is missing")):
+        (data / name).write_text(content)
+        assert train_tiny.main([*arguments(base, tmp_path / "run"), "--data", str(data)]) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_an_existing_run_is_not_overwritten_and_resume_checks_its_configuration(base, tmp_path, capsys):
@@ -1096,13 +1100,15 @@ def test_an_existing_run_is_not_overwritten_and_resume_checks_its_configuration(
     assert train_tiny.main(arguments(base, out, "nalora", "--resume")) == 2 and "no readable checkpoint" in capsys.readouterr().err
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(base, tmp_path, capsys):
-    out = tmp_path / "run"
-    assert train_tiny.main(arguments(base, out, "full", "--lr", "1e25", "--warmup", "0.01", "--grad-clip", "1e9", "--eval-every", "1")) == 2
-    step = int(re.search(r"not finite at step (\d+)", capsys.readouterr().err)[1])
-    records = (out / "metrics.jsonl").read_text().splitlines()
-    assert len(records) == step - 1 and all(t.isfinite().all() for t in load_file(out / "checkpoint.safetensors").values())
-    assert not (out / "summary.json").exists()
+@pytest.mark.parametrize("every, stops_at, kept", [("1", "validation loss is not finite at step 4", 3), ("3", "gradient is not finite at step 5", 1)])
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(base, tmp_path, capsys, monkeypatch, every, stops_at, kept):
+    out, rate = tmp_path / "run", train_tiny.Run.learning_rate
+    monkeypatch.setattr(train_tiny.Run, "learning_rate", lambda self, step: 1e25 if step == 3 else rate(self, step))
+    assert train_tiny.main(arguments(base, out, "nalora", "--eval-every", every)) == 2 and stops_at in capsys.readouterr().err
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(records) == kept and math.isfinite(records[-1]["val_loss"]) and not (out / "summary.json").exists()
+    monkeypatch.setattr(train_tiny.Run, "learning_rate", rate)
+    assert train_tiny.main(arguments(base, out, "nalora", "--eval-every", every, "--resume")) == 0
 
 
 def test_a_prompt_longer_than_the_context_is_refused(base, tmp_path, capsys):
@@ -1126,8 +1132,7 @@ def test_the_snippets_of_the_readme_run(tmp_path, monkeypatch, capsys):
     assert snippets
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").symlink_to(HERE / "data")
-    for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), {})
+    exec(compile("\n".join(snippets), "README.md", "exec"), {})
     assert re.search(r"^[01]\.\d+$", capsys.readouterr().out, re.M)  # the k_hat that it prints
     assert load_adapter(Llama.from_pretrained(HERE / "data" / "base"), tmp_path / "runs" / "snippet")
 

@@ -7,6 +7,7 @@
 """
 import argparse
 import base64
+import contextlib
 import json
 import math
 import os
@@ -27,7 +28,7 @@ from safetensors.torch import save_file
 from nalora import (ACTIVATIONS, Llama, LlamaConfig, NALoRA, NALoRAConfig, homogeneity, inject_lora, load_adapter,
                     lora_parameters, read_json, save_adapter, selection_weight, value_and_slope, write_json, write_whole)
 
-DATA = Path(__file__).resolve().parent / "data"
+DATA = Path(os.path.relpath(Path(__file__).resolve().parent / "data"))
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # What each method sets in NALoRAConfig; None: no NALoRA. The controls are matched: the random and inverted masks to nalora-mask,
 # the uniform scale to nalora-scale.
@@ -47,6 +48,8 @@ def load_tokenizer(data=DATA):
     path = Path(data) / "tokenizer.tiktoken"
     try:
         ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in path.read_text().splitlines())}
+        if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([b]) in ranks for b in range(256)):
+            raise ValueError("its ranks are not 0, 1, 2, ... or a byte is missing")
         pattern = r" ?[A-Za-z]+|[0-9]|\s|[^A-Za-z0-9\s]"            # a number is the sequence of its digits
         return tiktoken.Encoding("nalora-tiny", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)})
     except (OSError, ValueError) as e:
@@ -68,6 +71,8 @@ def read_problems(path):
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{path}, line {number}: no problem with prompt, completion and answer ({e}).") from None
         problems.append(p)
+    if not problems:
+        raise ValueError(f"{path} holds no problem.")
     return problems
 
 
@@ -75,6 +80,13 @@ def encode_problem(tokenizer, problem):
     """(token ids, number of prompt tokens): <|endoftext|> prompt completion <|endoftext|>."""
     prompt = [tokenizer.eot_token, *tokenizer.encode_ordinary(problem["prompt"])]
     return [*prompt, *tokenizer.encode_ordinary(problem["completion"]), tokenizer.eot_token], len(prompt)
+
+
+def check_length(path, lengths, context):
+    """ValueError naming the first line of a data file whose text does not fit the model's context."""
+    for number, length in enumerate(lengths, 1):
+        if length > context:
+            raise ValueError(f"{path}, line {number}: {length} tokens exceed the context of {context}: shorten the text.")
 
 
 def collate(encoded, end):
@@ -93,6 +105,7 @@ class ProblemBatches:
 
     def __init__(self, encoded, batch_size, seed, end):
         self.encoded, self.batch_size, self.seed, self.end = encoded, min(batch_size, len(encoded)), seed, end
+        self.epoch, self.batches = None, []
 
     def order(self, epoch):
         """Shuffled problems, sorted by length within runs of eight batches (less padding), the batches shuffled again."""
@@ -105,7 +118,7 @@ class ProblemBatches:
 
     def __call__(self, step):
         epoch, position = divmod(step, len(self.encoded) // self.batch_size)
-        if getattr(self, "epoch", None) != epoch:
+        if self.epoch != epoch:
             self.epoch, self.batches = epoch, self.order(epoch)
         return collate([self.encoded[j] for j in self.batches[position]], self.end)
 
@@ -114,6 +127,8 @@ class TextBatches:
     """Windows of `length` tokens at random places of a long text; like ProblemBatches a function of seed and step."""
 
     def __init__(self, ids, batch_size, length, seed):
+        if len(ids) <= length:
+            raise ValueError(f"The text has {len(ids)} tokens, fewer than one window of {length}.")
         self.ids, self.batch_size, self.length, self.seed = torch.tensor(ids), batch_size, length, seed
 
     def __call__(self, step):
@@ -131,7 +146,10 @@ def encode_text(tokenizer, path):
 # ---- evaluation -------------------------------------------------------------------------------------------------------------------
 
 
-def solve(model, tokenizer, prompts, max_new_tokens=32):
+MAX_NEW = 32                                                        # tokens of the longest solution, and some
+
+
+def solve(model, tokenizer, prompts, max_new_tokens=MAX_NEW):
     """Greedy completions of the prompts, in order. Prompts of equal length share a batch, so none needs padding."""
     device, answers, by_length = next(model.parameters()).device, {}, {}
     for i, prompt in enumerate(prompts):
@@ -184,6 +202,7 @@ class Run:
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=config["dtype"] == "bfloat16")
         self.tokenizer = load_tokenizer(self.data)
         self.equations = read_problems(self.data / "arithmetic.jsonl")[:config["test_size"]]           # pre-training never saw them
+        self.problems = read_problems(self.data / "test.jsonl")[:config["test_size"]]
         torch.manual_seed(config["seed"])
         method = config["method"]
         self.nalora = None
@@ -192,6 +211,8 @@ class Run:
             ids = encode_text(self.tokenizer, self.data / "pretrain.txt")
             self.batches = TextBatches(ids, config["batch_size"], 128, config["seed"])
             held_out = torch.tensor(encode_text(self.tokenizer, self.data / "pretrain_val.txt"))
+            if len(held_out) < 129:
+                raise ValueError(f"{self.data / 'pretrain_val.txt'} has {len(held_out)} tokens: at least 129 are needed.")
             held_out = held_out[:len(held_out) // 129 * 129].view(-1, 129)
             self.validation = [(held_out[:, :-1], held_out[:, 1:], None)]
         else:
@@ -202,7 +223,10 @@ class Run:
             self.batches = ProblemBatches(splits["train"][:config["train_size"]], config["batch_size"], config["seed"], self.tokenizer.eot_token)
             by_length = sorted(splits["val"], key=lambda e: len(e[0]))
             self.validation = [collate(by_length[i:i + 50], self.tokenizer.eot_token) for i in range(0, len(by_length), 50)]
-            self.problems = read_problems(self.data / "test.jsonl")[:config["test_size"]]
+            context = self.model.config.max_position_embeddings
+            for split, encoded in splits.items():
+                check_length(self.data / f"{split}.jsonl", [len(ids) - 1 for ids, _ in encoded], context)
+            check_length(self.data / "test.jsonl", [encode_problem(self.tokenizer, p)[1] + MAX_NEW for p in self.problems], context)
         if "rank" in config:
             inject_lora(self.model, config["targets"], config["rank"], config["alpha"])
         self.trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -220,7 +244,7 @@ class Run:
         return self.config["lr"] * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * max(0, step - warmup) / rest))
 
     def train_step(self, step):
-        """One optimizer step. Returns the loss of its batch (0-dim) and the number of tokens seen."""
+        """One optimizer step. Returns the loss of its batch and its number of tokens, padding included."""
         tokens, targets, token_mask = (t if t is None else t.to(self.device) for t in self.batches(step))
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
@@ -234,6 +258,8 @@ class Run:
             raise ValueError(f"The loss or its gradient is not finite at step {step + 1}: training stops there; try a smaller --lr.")
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()                                # so that a clock around this step times all of it
         return loss.item(), tokens.numel()
 
     def validate(self):
@@ -272,7 +298,8 @@ class Run:
 
 def layer_record(statistics_now, masks_before):
     """What metrics.jsonl keeps of NALoRA.statistics() per FFN; turnover is the share of the mask that changed since the last record."""
-    return {name: {"k_hat": s["k_hat"], "occupancy": s["occupancy"], "scale": s["scale"], "density": s["mask"].float().mean().item(),
+    number = lambda x: x if math.isfinite(x) else None               # JSON knows no NaN
+    return {name: {"k_hat": number(s["k_hat"]), "occupancy": number(s["occupancy"]), "scale": s["scale"], "density": s["mask"].float().mean().item(),
                    "turnover": (s["mask"] != masks_before[name]).float().mean().item()} for name, s in statistics_now.items()}
 
 
@@ -295,6 +322,8 @@ def train(run, out, state=None):
         if step % config["eval_every"] == 0 or step == config["steps"]:
             record = {"step": step, "lr": run.learning_rate(step - 1), "loss": sum(losses) / len(losses), "val_loss": run.validate()}
             losses = []
+            if not math.isfinite(record["val_loss"]):
+                raise ValueError(f"The validation loss is not finite at step {step}: training stops there; try a smaller --lr.")
             if run.nalora:
                 now = run.nalora.statistics()
                 record["layers"], masks = layer_record(now, masks), {name: s["mask"] for name, s in now.items()}
@@ -304,6 +333,7 @@ def train(run, out, state=None):
             left = elapsed / (step - first) * (config["steps"] - step)
             print(f"step {step:5d}/{config['steps']}  loss {record['loss']:.4f}  val_loss {record['val_loss']:.4f}  "
                   f"{seen / elapsed:7,.0f} tokens/s  {left:4.0f} s left", flush=True)
+    write_lines(out / "metrics.jsonl", records)                     # in case the last session ended between checkpoint and metrics
     return records, times
 
 
@@ -315,20 +345,22 @@ def save_checkpoint(run, out, step, records):
 
 
 def write_lines(path, rows):
-    write_whole(path, lambda temporary: temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"))
+    write_whole(path, lambda temporary: temporary.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8"))
 
 
 def load_checkpoint(out, config):
     """The state to resume from, or None if the run was cut before its first checkpoint. ValueError if it is another run's or broken."""
-    path = out / "checkpoint.safetensors"
-    if not path.exists():
+    path, state = out / "checkpoint.safetensors", None
+    if not (out / "config.json").exists():
         return None
-    try:
-        with safe_open(path, "pt") as f:
-            state = {**json.loads(f.metadata()["run"]), "tensors": {key: f.get_tensor(key) for key in f.keys()}}
-        saved_config = state["config"]
-    except Exception as e:                                          # safetensors raises several kinds; all mean the same here
-        raise ValueError(f"{path} is no readable checkpoint of this program: {e}") from None
+    saved_config = read_json(out / "config.json")
+    if path.exists():
+        try:
+            with safe_open(path, "pt") as f:
+                state = {**json.loads(f.metadata()["run"]), "tensors": {key: f.get_tensor(key) for key in f.keys()}}
+            saved_config = state["config"]
+        except Exception as e:                                      # safetensors raises several kinds; all mean the same here
+            raise ValueError(f"{path} is no readable checkpoint of this program: {e}") from None
     differ = sorted(k for k in {*saved_config, *config} if saved_config.get(k) != config.get(k))
     if differ:
         k = differ[0]
@@ -336,12 +368,21 @@ def load_checkpoint(out, config):
     return state
 
 
+def prepare(config, out, resume):
+    """(Run, state to resume from or None). All that can be wrong with a run is found here, before anything is written."""
+    if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} already holds a run: add --resume to go on with it, or choose another --out.")
+    return Run(config), load_checkpoint(out, config) if resume else None
+
+
 def execute(config, out, resume):
     """One run from configuration to summary. Returns the summary, which is also written to out/summary.json."""
     began = time.perf_counter()
-    if not resume and out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} already holds a run: add --resume to go on with it, or choose another --out.")
-    run, state = Run(config), load_checkpoint(out, config) if resume else None
+    run, state = prepare(config, out, resume)
+    if state and (out / "summary.json").exists():
+        print(f"{out} is finished already; its summary:")
+        print((out / "summary.json").read_text())
+        return read_json(out / "summary.json")
     total = sum(p.numel() for p in run.model.parameters())
     trainable = sum(p.numel() for p in run.trainable.values())
     print(json.dumps(config, indent=2))
@@ -355,25 +396,21 @@ def execute(config, out, resume):
     summary = {"method": config["method"], "seed": config["seed"], "val_loss": records[-1]["val_loss"], "trainable_parameters": trainable,
                "total_parameters": total, "step_ms": 1000 * statistics.median(times) if times else None, "train_seconds": sum(times),
                "arithmetic_accuracy": arithmetic_accuracy(run.model, run.tokenizer, run.equations)}
-    if config["method"] == "pretrain":
-        run.model.save_pretrained(out / "model", torch.float16)
+    summary["test_exact_match"], completions = exact_match(run.model, run.tokenizer, run.problems)
+    if "rank" in config:
+        save_adapter(run.model, out / "adapter", base_model=config["base"], settings=config)
     else:
-        summary["test_exact_match"], completions = exact_match(run.model, run.tokenizer, run.problems)
-        if "rank" in config:
-            save_adapter(run.model, out / "adapter", base_model=config["base"], settings=config)
-        else:
-            run.model.save_pretrained(out / "model")
+        run.model.save_pretrained(out / "model", torch.float16 if config["method"] == "pretrain" else None)
     draw_loss({config["method"]: records}, out / "loss.png")
     if run.nalora:
         draw_layers(records, out / "nalora.png")
     summary.update(peak_memory_mb=memory, wall_seconds=time.perf_counter() - began, threads=torch.get_num_threads(),
                    machine=platform.machine(), python=platform.python_version(), torch=torch.__version__)
     write_json(out / "summary.json", summary)
-    if config["method"] != "pretrain":
-        for problem, completion in list(zip(run.problems, completions))[:3]:
-            verdict = "right" if final_answer(completion) == problem["answer"] else f"wrong, {problem['answer']} was asked for"
-            print(f"\n  {problem['prompt'].strip()}\n  {completion}   [{verdict}]")
-        print(f"\n{config['method']}: exact match {summary['test_exact_match']:.3f} on {len(run.problems)} test problems")
+    for problem, completion in list(zip(run.problems, completions))[:3]:
+        verdict = "right" if final_answer(completion) == problem["answer"] else f"wrong, {problem['answer']} was asked for"
+        print(f"\n  {problem['prompt'].strip()}\n  {completion}   [{verdict}]")
+    print(f"\n{config['method']}: exact match {summary['test_exact_match']:.3f} on {len(run.problems)} test problems")
     print(f"validation loss {summary['val_loss']:.4f}, held-out equations right {summary['arithmetic_accuracy']:.3f}")
     step_ms = f"{summary['step_ms']:.1f} ms a step, " if times else ""
     print(f"{step_ms}{summary['train_seconds']:.0f} s of training, {summary['wall_seconds']:.0f} s in all, peak memory {memory:,.0f} MB; written to {out}")
@@ -383,23 +420,24 @@ def execute(config, out, resume):
 def reset_peak_memory(device):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    elif os.access("/proc/self/clear_refs", os.W_OK):               # Linux: the high-water mark starts anew for this run
-        Path("/proc/self/clear_refs").write_text("5")
+    else:
+        with contextlib.suppress(OSError):                          # Linux: the high-water mark starts anew for this run
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory_mb(device):
-    """Peak memory in MB: of the GPU's allocator on CUDA, else of the process."""
+    """Peak memory in MB: of the GPU's allocator on CUDA, of the process on Linux and macOS, else NaN."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
-    import resource
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    status = Path("/proc/self/status")
-    if status.exists():
-        kilobytes = int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
-    return kilobytes / 1e3 if platform.system() != "Darwin" else kilobytes / 1e6
+    with contextlib.suppress(OSError, TypeError):
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e3
+    with contextlib.suppress(ImportError):
+        import resource                                             # not on Windows
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return math.nan
 
 
-def step_time_ratio(config, other, pairs=60):
+def step_time_ratio(config, other, pairs):
     """Median over `pairs` of (step time of `other`) / (step time of `config`), in alternation, in one process, on the same batches."""
     runs, ratios = (Run(config), Run(other)), []
     for step in range(pairs + 5):
@@ -440,7 +478,7 @@ def draw_loss(runs, path):
         steps = [r["step"] for r in records]
         ax.plot(steps, [r["val_loss"] for r in records], color=COLOURS[i], label=f"{label}, validation")
         ax.plot(steps, [r["loss"] for r in records], ":", color=COLOURS[i], label=f"{label}, training")
-    ax.set(xlabel="step", ylabel="loss (nats per answer token)", yscale="log")
+    ax.set(xlabel="step", ylabel="loss (nats per token)", yscale="log")
     ax.legend(frameon=False)
     save_figure(figure, path)
 
@@ -543,9 +581,10 @@ def resolve(args, method):
     for name, is_useless in useless.items():
         if is_useless and getattr(args, name) is not None and args.method != "all":
             raise ValueError(f"--{name.replace('_', '-')} has no effect with --method {method}: leave it out.")
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    there = [d for d, available in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()), ("cpu", True)) if available]
+    device = there[0] if args.device == "auto" else args.device
+    if device not in there:
+        raise ValueError(f"--device {device} is not available here: choose {' or '.join(there)}.")
     config = {"method": method, "seed": args.seed, "device": device, "dtype": args.dtype, "threads": torch.get_num_threads(), "data": str(args.data),
               "steps": given(args.steps, 4000 if pretrain else 400), "batch_size": given(args.batch_size, 16),
               "lr": given(args.lr, LEARNING_RATE.get(method, 5e-3)), "warmup": args.warmup,
@@ -557,16 +596,30 @@ def resolve(args, method):
     if adapts:
         config |= {"rank": given(args.rank, 8), "alpha": given(args.alpha, 16.0), "targets": args.targets or ALL_LINEAR}
     if preset is not None:
-        config["nalora"] = asdict(NALoRAConfig(**{**preset, "seed": args.seed, **{f: getattr(args, f) for f in own if getattr(args, f) is not None}}))
-    for name in ("steps", "batch_size", "eval_every", "grad_clip", "lr", "train_size", "test_size"):
-        if config.get(name) is not None and not config[name] > 0:
+        chosen = {f: getattr(args, f) for f in own if getattr(args, f) is not None}
+        c = NALoRAConfig(**{**preset, "seed": args.seed, **chosen})
+        ranks = c.mask in ("derivative", "inverted")
+        idle = {**dict.fromkeys(preset, True), "keep": c.soft or c.mask == "none", "score": not ranks, "ema": not ranks, "stride": not ranks and c.scale == "none"}
+        for name in chosen:
+            if idle.get(name) and args.method != "all":
+                raise ValueError(f"--{name} has no effect with --method {method}, mask {c.mask!r}{' (soft)' * c.soft} and scale {c.scale!r}: leave it out.")
+        config["nalora"] = asdict(c)
+    for name in ("steps", "batch_size", "eval_every", "grad_clip", "lr", "alpha", "train_size", "test_size"):
+        if config.get(name) is not None and not 0 < config[name] < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} is {config[name]}: give a number above zero.")
+    for name in ("warmup", "beta1", "beta2"):
+        if not 0 <= config[name] < 1:
+            raise ValueError(f"--{name} is {config[name]}: give a number in [0, 1).")
+    if config["seed"] < 0 or config["weight_decay"] < 0:
+        raise ValueError("--seed and --weight-decay cannot be negative.")
     return config
 
 
 def sample(out, prompt):
     """Prints completions by the trained model in `out`."""
     config = read_json(out / "config.json")
+    if not {"data", "method"} <= set(config):
+        raise ValueError(f"{out} holds no run of this program: train one first, or name its folder with --out.")
     tokenizer = load_tokenizer(config["data"])
     if "rank" in config:
         model = Llama.from_pretrained(config["base"])
@@ -580,19 +633,21 @@ def sample(out, prompt):
 
 def run_all(args):
     """full, lora and nalora on the same batches, and one table of the three."""
-    out = args.out or Path("runs/all")
+    out = args.out
     configs = {method: resolve(args, method) for method in ("full", "lora", "nalora")}
-    summaries = {}
+    for method, config in configs.items():
+        prepare(config, out / method, args.resume)                  # all three are checked before the first one trains
+    summaries, pairs = {}, 60
     for method, config in configs.items():
         print(f"\n=== {method} ===")
         summaries[method] = execute(config, out / method, args.resume)
-    ratio = step_time_ratio(configs["lora"], configs["nalora"])
+    ratio = step_time_ratio(configs["lora"], configs["nalora"], pairs)
     columns = {"exact match": "test_exact_match", "val loss": "val_loss", "equations": "arithmetic_accuracy", "trainable": "trainable_parameters",
                "ms/step": "step_ms", "train s": "train_seconds", "peak MB": "peak_memory_mb"}
     print(f"\n{'method':10}" + "".join(f"{c:>13}" for c in columns))
     for method, s in summaries.items():
         print(f"{method:10}" + "".join(f"{s[k]:>13,}" if isinstance(s[k], int) else f"{s[k]:>13.3f}" if s[k] is not None else f"{'-':>13}" for k in columns.values()))
-    print(f"\nNA-LoRA step / LoRA step = {ratio:.3f} (median of 60 pairs of steps, in alternation)")
+    print(f"\nNA-LoRA step / LoRA step = {ratio:.3f} (median of {pairs} pairs of steps, in alternation)")
     write_json(out / "summary.json", {"runs": summaries, "nalora_over_lora_step_time": ratio})
     records = {method: [json.loads(line) for line in (out / method / "metrics.jsonl").read_text().splitlines()] for method in configs}
     draw_loss(records, out / "loss.png")
@@ -601,9 +656,11 @@ def run_all(args):
 def main(argv=None):
     """Returns the exit code: 0, or 2 with one sentence on standard error for input that cannot be used; 130 after Ctrl-C."""
     args = command_line().parse_args(argv)
-    out = args.out or Path("runs") / args.method
+    out = args.out = args.out or Path("runs") / args.method
     try:
         if args.threads is not None:
+            if args.threads < 1:
+                raise ValueError(f"--threads is {args.threads}: give a number above zero.")
             torch.set_num_threads(args.threads)
         if args.draw_activations:
             draw_activations(args.draw_activations)
@@ -617,7 +674,7 @@ def main(argv=None):
         print(f"train_tiny.py: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\nInterrupted. The last checkpoint is safe in {out}: run the same command with --resume to go on.", file=sys.stderr)
+        print(f"\nInterrupted. What was trained up to the last checkpoint is safe in {out}: run the same command with --resume to go on.", file=sys.stderr)
         return 130
     return 0
 
