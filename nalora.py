@@ -230,7 +230,7 @@ class NALoRA:
         """The sums since the last step -> importance, mask, k_hat, occupancy, scale. Stays on the device: no host synchronisation."""
         c, states, alike = self.config, self._state.values(), {}
         for name, sums in self._sums.items():
-            alike.setdefault(sums.shape, []).append(name)
+            alike.setdefault((sums.shape, sums.device), []).append(name)
         for names in alike.values():                                                        # all FFNs of one width at once
             sums = torch.stack([self._sums[name] for name in names])                        # (FFNs, F + 4)
             old = {key: torch.stack([self._state[name][key] for name in names]) for key in self._state[names[0]]}

@@ -493,6 +493,8 @@ def draw_layers(records, path):
         for i, name in enumerate(records[0]["layers"]):
             ax.plot(steps, [r["layers"][name][kind] for r in records], color=COLOURS[i % len(COLOURS)], label=f"layer {i}")
         ax.set(xlabel="step", ylabel=label)
+        if kind in ("density", "turnover"):
+            ax.set_ylim(0, 1)
     axes[0].legend(frameon=False)
     save_figure(figure, path)
 
