@@ -335,6 +335,8 @@ def check_config(c):
     for field, allowed in choices.items():
         if getattr(c, field) not in allowed:
             raise ValueError(f"{field} is {getattr(c, field)!r}: choose one of {', '.join(allowed)}.")
+    if not isinstance(c.keep, (int, float)):
+        raise ValueError(f"keep is {c.keep!r}: give a number in (0, 1].")
     importance_mask(torch.ones(1), c.keep)                                                  # refuses a keep outside (0, 1]
     if not 0 <= c.ema < 1:
         raise ValueError(f"ema is {c.ema}: give a number in [0, 1).")

@@ -498,7 +498,7 @@ def test_nalora_refuses():
     assert not any(m._forward_hooks for m in model.modules())
 
 
-@pytest.mark.parametrize("setting, message", [({"keep": 0}, "keep is 0"), ({"keep": 1.5}, "keep is 1.5"), ({"keep": math.nan}, "keep is nan"),
+@pytest.mark.parametrize("setting, message", [({"keep": 0}, "keep is 0"), ({"keep": 1.5}, "keep is 1.5"), ({"keep": "0.5"}, "keep is '0.5'"), ({"keep": math.nan}, "keep is nan"),
                                               ({"ema": 1.0}, "ema is 1.0"), ({"mask": "top"}, "mask is 'top'"), ({"scale": None}, "scale is None"),
                                               ({"budget": "free"}, "budget"), ({"score": "phi"}, "score"), ({"stride": 0}, "stride is 0"),
                                               ({"soft": True, "mask": "random"}, "soft weights rows"), ({"scale": "uniform", "budget": "neutral"}, "exactly 1")])
@@ -1116,7 +1116,9 @@ def test_a_prompt_longer_than_the_context_is_refused(base, tmp_path, capsys):
     assert train_tiny.main(arguments(base, tmp_path / "run")) == 0
     assert train_tiny.main(["--sample", "Ann has 3 apples. " * 60, "--out", str(tmp_path / "run")]) == 2
     assert "exceed the context of 256" in capsys.readouterr().err
-    assert train_tiny.main(["--sample", "--out", str(tmp_path / "nowhere")]) == 2 and "cannot be read" in capsys.readouterr().err
+    assert train_tiny.main(["--sample", "--out", str(tmp_path / "nowhere")]) == 2 and "holds no run" in capsys.readouterr().err
+    (tmp_path / "run" / "summary.json").unlink()
+    assert train_tiny.main(["--sample", "--out", str(tmp_path / "run")]) == 2 and "is not finished" in capsys.readouterr().err
 
 
 def test_the_figure_of_activations(tmp_path):

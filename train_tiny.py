@@ -297,10 +297,11 @@ class Run:
 
 
 def layer_record(statistics_now, masks_before):
-    """What metrics.jsonl keeps of NALoRA.statistics() per FFN; turnover is the share of the mask that changed since the last record."""
+    """What metrics.jsonl keeps of NALoRA.statistics() per FFN; turnover is the share of the mask that changed since the last
+    record, None at the first."""
     number = lambda x: x if math.isfinite(x) else None               # JSON knows no NaN
     return {name: {"k_hat": number(s["k_hat"]), "occupancy": number(s["occupancy"]), "scale": s["scale"], "density": s["mask"].float().mean().item(),
-                   "turnover": (s["mask"] != masks_before[name]).float().mean().item()} for name, s in statistics_now.items()}
+                   "turnover": (s["mask"] != masks_before[name]).float().mean().item() if masks_before else None} for name, s in statistics_now.items()}
 
 
 def train(run, out, state=None):
@@ -309,7 +310,7 @@ def train(run, out, state=None):
     if state:
         run.load_state(state["tensors"])
         records, step = state["records"], state["step"]
-    masks = {name: s["mask"] for name, s in run.nalora.statistics().items()} if run.nalora else None
+    masks = {name: s["mask"] for name, s in run.nalora.statistics().items()} if run.nalora and records else None
     losses, seen, began = [], 0, time.perf_counter()
     run.model.train()
     first = step
@@ -477,7 +478,7 @@ def draw_loss(runs, path):
     for i, (label, records) in enumerate(runs.items()):
         steps = [r["step"] for r in records]
         ax.plot(steps, [r["val_loss"] for r in records], color=COLOURS[i], label=f"{label}, validation")
-        ax.plot(steps, [r["loss"] for r in records], ":", color=COLOURS[i], label=f"{label}, training")
+        ax.plot(steps, [r["loss"] for r in records], ":", color=COLOURS[i], label=f"{label}, training (mean since last record)")
     ax.set(xlabel="step", ylabel="loss (nats per token)", yscale="log")
     ax.legend(frameon=False)
     save_figure(figure, path)
@@ -491,7 +492,7 @@ def draw_layers(records, path):
     steps = [r["step"] for r in records]
     for ax, (kind, label) in zip(axes, kinds.items()):
         for i, name in enumerate(records[0]["layers"]):
-            ax.plot(steps, [r["layers"][name][kind] for r in records], color=COLOURS[i % len(COLOURS)], label=f"layer {i}")
+            ax.plot(steps, [math.nan if r["layers"][name][kind] is None else r["layers"][name][kind] for r in records], ".-", color=COLOURS[i % len(COLOURS)], label=f"layer {i}")
         ax.set(xlabel="step", ylabel=label)
         if kind in ("density", "turnover"):
             ax.set_ylim(0, 1)
@@ -619,9 +620,11 @@ def resolve(args, method):
 
 def sample(out, prompt):
     """Prints completions by the trained model in `out`."""
-    config = read_json(out / "config.json")
+    config = read_json(out / "config.json") if (out / "config.json").exists() else {}
     if not {"data", "method"} <= set(config):
         raise ValueError(f"{out} holds no run of this program: train one first, or name its folder with --out.")
+    if not (out / "summary.json").exists():
+        raise ValueError(f"The run in {out} is not finished: run its command again with --resume, then sample.")
     tokenizer = load_tokenizer(config["data"])
     if "rank" in config:
         model = Llama.from_pretrained(config["base"])
