@@ -5,12 +5,12 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -397,7 +397,7 @@ def test_stride_observes_every_nth_token():
 
 
 def test_evaluation_leaves_no_trace():
-    (model, opt, tool), (model_e, opt_e, tool_e) = start(NALoRAConfig()), start(NALoRAConfig())
+    (model, opt, _), (model_e, opt_e, _) = start(NALoRAConfig()), start(NALoRAConfig())
     for i in range(3):
         with torch.no_grad():
             model_e(*batch(100 + i))                                # no gradient
@@ -1147,7 +1147,7 @@ def test_the_readme_names_what_exists():
         assert hasattr(nalora, name.split(".")[0]) or name in globals(), name
     parser = train_tiny.command_line()
     for command in re.findall(r"python train_tiny.py ([^#`\n]*)", README):
-        parser.parse_args(__import__("shlex").split(command.replace("--help", "")))
+        parser.parse_args(shlex.split(command.replace("--help", "")))
     for path in re.findall(r"\]\((?!http|#)([^)]+)\)", README):
         assert (HERE / path).exists(), path
 

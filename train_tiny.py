@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from nalora import (ACTIVATIONS, Llama, LlamaConfig, NALoRA, NALoRAConfig, homogeneity, inject_lora, load_adapter,
-                    lora_parameters, read_json, save_adapter, selection_weight, value_and_slope, write_json, write_whole)
+                    read_json, save_adapter, selection_weight, value_and_slope, write_json, write_whole)
 
 DATA = Path(os.path.relpath(Path(__file__).resolve().parent / "data"))
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

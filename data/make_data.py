@@ -1,6 +1,6 @@
 """Writes every text of the toy benchmark, and its tokenizer, from fixed seeds: `python data/make_data.py [--out DIR]`.
 
-A miniature of "MetaMathQA -> GSM8K". The base model reads `pretrain.txt` (one-step stories and equations of a tiny world); the
+A miniature of "MetaMathQA -> GSM8K". The base model reads `pretrain.txt` (short stories, one-step questions and equations of a tiny world); the
 adapters learn two-step word problems with a worked solution (`train.jsonl`) and are judged on `test.jsonl`.
 All sentences are put together here, none is taken from elsewhere. See data/README.md for each file.
 """
@@ -13,10 +13,9 @@ import re
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-END = "<|endoftext|>"                    # the only special token: ends every document, and starts every prompt
 # A run of letters with its leading space, single digits, single marks: a number is the sequence of its digits.
 PATTERN = r" ?[A-Za-z]+|[0-9]|\s|[^A-Za-z0-9\s]"
-VOCAB = 640                        # 639 byte-pair tokens and END
+VOCAB = 640                        # 639 byte-pair tokens and <|endoftext|>, which ends every document and starts every prompt
 SIZES = {"train": 1500, "val": 200, "test": 500}
 
 SHE = "Ann Eva Ida Lena Mia Nora Rosa Sara Tina Vera".split()
