@@ -3,7 +3,7 @@
     python train_tiny.py --method nalora            about a minute on a laptop; results in runs/nalora
     python train_tiny.py --method all               full, lora and nalora on the same batches, one table
     python train_tiny.py --method nalora --resume   goes on after an interruption, to the same bits
-    python train_tiny.py --sample "Ann has 3 apples. She buys 4 more. Later Ann sells 2 of them. How many apples does Ann have now?"
+    python train_tiny.py --sample "Ann has 23 apples. She buys 14 more. Later Ann sells 12 of them. How many apples does Ann have now?"
 """
 import argparse
 import base64
