@@ -90,23 +90,26 @@ def widen(t):
     """t in float32, or in its own dtype if that is wider: no sum and no blend is made in half precision."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
-def gate_sums(act, z, tokens=None, score="phi_prime"):
+def gate_sums(act, z, tokens=None, score="phi_prime", reach=None):
     """All that NA-LoRA keeps of gates z (..., T, F): flat vectors of sums (..., F + 4), so that microbatches simply add up.
 
-    tokens (T,): 1 where a token counts and 0 for padding; None counts all. The entries are the score of each channel (F), the number
-    of tokens, and over tokens and channels: sum z phi'(z) phi(z), sum phi(z)^2, how many z > 0.
+    tokens (..., T): 1 where a token counts and 0 for padding; None counts all. reach (..., T, F), for score="downstream": |u| times the norm
+    of W_down's column, how far a move of phi reaches. The entries are the score of each channel (F), the number of tokens, and over
+    tokens and channels: sum z phi'(z) phi(z), sum phi(z)^2, how many z > 0.
     """
     z = widen(z)
-    tokens = z.new_ones(z.size(-2)) if tokens is None else tokens.to(z)
-    z = z * tokens[:, None]                             # padding becomes z = 0 and adds nothing to the totals, since phi(0) = 0
+    tokens = z.new_ones(z.shape[:-1]) if tokens is None else tokens.to(z).expand(z.shape[:-1])
+    z = torch.where(tokens[..., None] > 0, z, 0)        # padding adds nothing to the totals, whatever it holds, since phi(0) = 0
     phi, slope = value_and_slope(act, z)                                                    # (..., T, F) each
     scores = slope.abs()
+    if score == "downstream":
+        scores = scores * reach
     if score == "rho_prime":
         nearby = torch.where(z.abs() < 1e-3, 1e-3, z)                                       # rho' = (phi' - rho) / z cancels at 0
         phi_nearby, slope_nearby = value_and_slope(act, nearby)
         scores = ((slope_nearby - phi_nearby / nearby) / nearby).abs()
-    totals = [(z * slope * phi).sum((-2, -1)), (phi * phi).sum((-2, -1)), torch.heaviside(z, z.new_zeros(())).sum((-2, -1))]
-    return torch.cat([tokens @ scores, torch.stack([tokens.sum().expand_as(totals[0]), *totals], -1)], -1)
+    totals = [tokens.sum(-1), (z * slope * phi).sum((-2, -1)), (phi * phi).sum((-2, -1)), (z > 0).to(z).sum((-2, -1))]
+    return torch.cat([(tokens[..., None, :] @ scores).squeeze(-2), torch.stack(totals, -1)], -1)
 
 def regime(totals, channels):
     """(k_hat, occupancy), (...) each, of the last four entries of `gate_sums`, totals (..., 4), over `channels` channels.
@@ -117,8 +120,9 @@ def regime(totals, channels):
 
 def selects(act):
     """Whether the selection weight moves at all: False for linear and ReLU, whose rho' = 0 and whose regimes are thus one."""
-    z = torch.linspace(-4, 4, 33)
-    return not torch.allclose(homogeneity(act, z), torch.ones(33), atol=1e-5)
+    weights = list(act.parameters()) if isinstance(act, nn.Module) else []                  # it may have some, on any device
+    z = torch.linspace(-4, 4, 33, device=weights[0].device if weights else None)
+    return not torch.allclose(homogeneity(act, z), torch.ones_like(z), atol=1e-5)
 
 def importance_mask(importance, keep):
     """Bool (..., F): the ceil(keep F) channels of largest importance (..., F), lower index first among equals. ValueError unless
@@ -167,7 +171,7 @@ class NALoRAConfig:
     soft: bool = False              # True: cut no row (keep is not used), weight each by its importance over the mean importance
     scale: str = "homogeneity"      # "homogeneity" | "uniform" (every FFN takes the arithmetic mean of those scales) | "none"
     budget: str = "raw"             # "neutral": mask / its mean and scales / their geometric mean over FFNs; the mean step stays LoRA's
-    score: str = "phi_prime"        # "phi_prime": |phi'| | "rho_prime": |rho'|
+    score: str = "phi_prime"        # "phi_prime": |phi'| | "rho_prime": |rho'| | "downstream": |phi' u| times the norm of W_down's column
     ema: float = 0.9                # decay of the importance per step, in [0, 1)
     stride: int = 17                # observe every 17th token: odd, so that it meets all places of sequences of even length
     seed: int = 0                   # of the random mask
@@ -178,53 +182,82 @@ class NALoRAConfig:
 class NALoRA:
     """Turns a LoRA training loop into NA-LoRA: make one after the optimizer, change nothing else.
 
-    It observes every gated FFN whose gate_proj carries LoRA (see `is_gated_ffn`) while the model trains, and corrects the optimizer's
-    steps. Make it when the model has its final device and dtype. To keep padding out of the statistics, set `token_mask` (batch, seq),
-    nonzero for real tokens, before each forward pass. ValueError if no gate carries LoRA, or if the optimizer lacks its parameters.
+    It observes every FFN whose gate carries LoRA, ours or PEFT's, while the model trains, and corrects the optimizer's steps. An FFN is
+    told by its parts: gate_proj, up_proj, down_proj and an activation. In FFNs without a gate, fc2(act(fc1(x))), `gate` names the linear
+    layer in front of the activation ("fc1", "mlp.c_fc"), which gates itself. Make it when the model has its final device and dtype, and
+    before its first compiled call. To keep padding out of the statistics, set `token_mask` (batch, seq), nonzero for real tokens, before
+    each forward pass. Under torch.distributed the ranks add up their statistics and decide alike. ValueError if no gate carries LoRA, or
+    if the optimizer lacks its parameters, is steered already, or holds shards of them.
     """
 
-    def __init__(self, model, optimizer, config=None):
+    def __init__(self, model, optimizer, config=None, gate="gate_proj"):
         self.config = config = config or NALoRAConfig()
-        self.token_mask, self._samples, self._sums, self._seen, self._before = None, {}, {}, {}, []
-        self._ffns = {name: m for name, m in model.named_modules() if is_gated_ffn(m) and lora_pair(m.gate_proj)}
-        if not self._ffns:
-            raise ValueError("No gated FFN here has LoRA on its gate_proj: call inject_lora with 'gate_proj' among the targets first.")
-        self._state = {name: initial_state(config, i, ffn) for i, (name, ffn) in enumerate(self._ffns.items())}
-        self._selects = torch.tensor([selects(ffn.act_fn) for ffn in self._ffns.values()], device=next(model.parameters()).device)
-        self._controlled = [entry for name, ffn in self._ffns.items() for entry in controlled_parameters(config, name, ffn)]
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if any(id(p) not in held for _, _, p in self._controlled):
-            raise ValueError("The optimizer does not hold the FFNs' LoRA parameters: give it lora_parameters(model), after inject_lora.")
-        self._handles = []
+        self._optimizer = optimizer = getattr(optimizer, "optimizer", optimizer)            # inside Accelerate's wrapper
+        self.token_mask, self._samples, self._sums, self._seen, self._before, self._handles = None, {}, {}, {}, [], []
+        self._ffns, self._gate, self._version = find_ffns(model, gate), gate.split(".")[-1], None
+        self._state = {name: initial_state(config, i, getattr(ffn, self._gate)) for i, (name, ffn) in enumerate(self._ffns.items())}
+        self._controlled = [entry for name, ffn in self._ffns.items() for entry in controlled_parameters(config, name, ffn, self._gate)]
+        check_optimizer(optimizer, self._controlled)
+        if config.score == "downstream" and not all(map(is_gated_ffn, self._ffns.values())):
+            raise ValueError("score='downstream' reads up_proj and down_proj, which this FFN lacks: choose another score.")
+        self._selects = torch.tensor([selects(activation(ffn)) for ffn in self._ffns.values()]).to(next(iter(self._state.values()))["scale"].device)
+        self._norms = {name: column_norms(ffn.down_proj) for name, ffn in self._ffns.items() if config.score == "downstream"}
         self._observes = config.mask in ("derivative", "inverted") or config.scale != "none"
         if self._observes:
-            self._handles += [ffn.gate_proj.register_forward_hook(partial(self._observe, name)) for name, ffn in self._ffns.items()]
+            parts = (self._gate, "up_proj") if self._norms else (self._gate,)
+            self._handles += [getattr(ffn, part).register_forward_hook(partial(self._observe, (name, part)))
+                              for name, ffn in self._ffns.items() for part in parts]
         if self._controlled:
             self._handles += [optimizer.register_step_pre_hook(self._before_step), optimizer.register_step_post_hook(self._after_step)]
+            optimizer.nalora = self
+        if self._observes:
+            self._handles.append(self._controlled[0][2].register_post_accumulate_grad_hook(self._after_backward))
 
-    def _observe(self, name, gate, inputs, z):
-        """Forward hook of a gate. Training only: evaluation must leave no trace in the statistics."""
-        if gate.training and torch.is_grad_enabled():
-            if self.token_mask is not None and self.token_mask.shape != z.shape[:-1]:
+    @torch.compiler.disable
+    def _observe(self, key, linear, inputs, z):
+        """Forward hook of a gate (key: its FFN's name and its own). Training only: evaluation must leave no trace in the statistics."""
+        if linear.training and torch.is_grad_enabled():
+            if self.token_mask is not None and self.token_mask.numel() != z.shape[:-1].numel():         # some models flatten (batch, seq)
                 raise ValueError(f"token_mask is {tuple(self.token_mask.shape)} but the gates see tokens {tuple(z.shape[:-1])}: "
                                  "set it anew before each forward pass, or to None.")
-            if name in self._samples:                                                       # another microbatch has begun
+            if self._version not in (None, self._controlled[0][2]._version):
+                self._version = None
+                warnings.warn("The LoRA parameters moved, but NALoRA's hooks were not called: make it with the optimizer whose step() runs.", stacklevel=3)
+            if key in self._samples:                                                        # another microbatch has begun
                 self._add_up()
-            seen, stride = self._seen.get(name, 0), self.config.stride
-            every, self._seen[name] = slice(-seen % stride, None, stride), seen + z.shape[:-1].numel()
+            seen, stride = self._seen.get(key, 0), self.config.stride
+            every, self._seen[key] = slice(-seen % stride, None, stride), seen + z.shape[:-1].numel()
             tokens = None if self.token_mask is None else self.token_mask.flatten()[every].ne(0)
-            self._samples[name] = z.detach().flatten(0, -2)[every].clone(), tokens          # (T, F), (T,)
+            self._samples[key] = z.detach().flatten(0, -2)[every].clone(), tokens           # (T, F), (T,)
+
+    def _after_backward(self, parameter):
+        self._version = parameter._version                                                  # changes with every step
 
     def _add_up(self):
         """Adds the sums of the samples of one forward pass to those of this step, all FFNs of one shape at once."""
         alike = {}
-        for name, (z, _) in self._samples.items():
-            alike.setdefault((z.shape, z.device, repr(self._ffns[name].act_fn)), []).append(name)
+        for (name, part), (z, tokens) in self._samples.items():
+            if part == self._gate:
+                alike.setdefault((z.shape, z.device, tokens is None, kind(activation(self._ffns[name]))), []).append(name)
         for names in alike.values():
-            z, tokens = torch.stack([self._samples[name][0] for name in names]), self._samples[names[0]][1]        # (FFNs, T, F)
-            for name, sums in zip(names, gate_sums(self._ffns[names[0]].act_fn, z, tokens, self.config.score)):
+            samples, masks = zip(*(self._samples[name, self._gate] for name in names))
+            z, tokens = torch.stack(samples), None if masks[0] is None else torch.stack(masks).to(samples[0].device)      # (FFNs, T, F), (FFNs, T)
+            reach = [self._samples[name, "up_proj"][0].abs() * self._norms[name] for name in names] if self._norms else []
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):        # not those of gradient checkpointing
+                all_sums = gate_sums(activation(self._ffns[names[0]]), z, tokens, self.config.score, torch.stack(reach) if reach else None)
+            all_sums = torch.where(all_sums.sum(-1, keepdim=True).isfinite(), all_sums, 0)  # an overflowed pass counts nothing
+            for name, sums in zip(names, all_sums):
                 self._sums[name] = self._sums[name] + sums if name in self._sums else sums
         self._samples = {}
+
+    def _reduce(self):
+        """Adds up the sums of all ranks, so that they decide alike; an FFN that a rank has not seen counts nothing there."""
+        if self._observes and torch.distributed.is_available() and torch.distributed.is_initialized():
+            widths = {name: len(s["importance"]) + 4 for name, s in self._state.items()}
+            zeros = lambda name: self._state[name]["importance"].new_zeros(widths[name])
+            flat = torch.cat([self._sums.get(name, zeros(name)).to(self._selects.device) for name in widths])
+            torch.distributed.all_reduce(flat)
+            self._sums = {name: sums.to(self._state[name]["scale"].device) for name, sums in zip(widths, flat.split(list(widths.values())))}
 
     def _decide(self):
         """The sums since the last step -> importance, mask, k_hat, occupancy, scale. Stays on the device: no host synchronisation."""
@@ -239,20 +272,20 @@ class NALoRA:
             new = dict(old, importance=importance, k_hat=k_hat, occupancy=occupancy)
             if c.mask in ("derivative", "inverted") and not c.soft:
                 new["mask"] = importance_mask(importance if c.mask == "derivative" else -importance, c.keep)
-            usable = (sums[:, -4] > 0) & sums.sum(-1).isfinite()                            # neither all padding nor overflow
+            usable = sums[:, -4] > 0                                                        # not all padding
             for key in ("importance", "mask", "k_hat", "occupancy"):
                 chosen = torch.where(usable if new[key].dim() == 1 else usable[:, None], new[key], old[key])
                 for name, value in zip(names, chosen):
                     self._state[name][key] = value
         if c.scale != "none":
-            k_hats, occupancies = (torch.stack([s[key] for s in states]) for key in ("k_hat", "occupancy"))         # (FFNs,) each
+            k_hats, occupancies = (torch.stack([s[key].to(self._selects.device) for s in states]) for key in ("k_hat", "occupancy"))    # (FFNs,)
             scales = torch.where(self._selects, step_scale(k_hats, occupancies), 1)
             if c.scale == "uniform":
                 scales = scales.mean().expand_as(scales)
             if c.budget == "neutral":
                 scales = scales / scales.log().mean().exp()
             for state, scale in zip(states, scales):
-                state["scale"] = scale
+                state["scale"] = scale.to(state["importance"].device)
 
     def _row_weight(self, importance, mask):
         """What the step of each row of B_gate is multiplied by, (F, 1). The mean of soft weights is 1 in either budget."""
@@ -268,11 +301,12 @@ class NALoRA:
         skipped = getattr(optimizer, "found_inf", None)                                     # a fused optimizer under GradScaler
         if skipped is None or not skipped.item():
             self._add_up()
+            if self._observes and not self._sums:
+                warnings.warn("NALoRA saw no gate before this optimizer step: is the model in train() mode, and run under grad?", stacklevel=3)
+            self._reduce()
             if self._sums:
                 self._decide()
-            elif self._observes:
-                warnings.warn("NALoRA saw no gate before this optimizer step: is the model in train() mode, and run under grad?", stacklevel=3)
-        self._samples, self._sums, self._seen = {}, {}, {}
+        self._version, self._samples, self._sums, self._seen = None, {}, {}, {}
         for (name, is_gate_B, p), before in zip(self._controlled, self._before):
             state = self._state[name]
             weight = state["scale"] * self._row_weight(state["importance"], state["mask"]) if is_gate_B else state["scale"]
@@ -303,35 +337,82 @@ class NALoRA:
         """Takes every hook off. What follows is plain LoRA training."""
         while self._handles:
             self._handles.pop().remove()
+        if self._controlled and getattr(self._optimizer, "nalora", None) is self:
+            del self._optimizer.nalora
 
 def is_gated_ffn(module):
-    """True for a module made of gate_proj, up_proj, down_proj and act_fn: an FFN is told by its parts, not by its name."""
-    return all(hasattr(module, part) for part in ("gate_proj", "up_proj", "down_proj", "act_fn"))
+    """True for a module made of gate_proj, up_proj, down_proj and an activation: an FFN is told by its parts, not by its name."""
+    return all(hasattr(module, part) for part in ("gate_proj", "up_proj", "down_proj")) and activation(module) is not None
 
-def lora_pair(linear):
-    """(lora_A (rank, in), lora_B (out, rank)) of a linear layer, or () if it carries no LoRA. All that NA-LoRA knows of LoRA."""
-    return (linear.lora_A, linear.lora_B) if isinstance(linear, LoRALinear) else ()
+def activation(ffn):
+    """The elementwise activation of an FFN by the names that Hugging Face gives it, or None."""
+    named = (getattr(ffn, name, None) for name in ("act_fn", "activation_fn", "act", "intermediate_act_fn", "activation"))
+    return next((act for act in named if callable(act)), None)
 
-def initial_state(config, index, ffn):
+def kind(act):
+    """Equal for activations that may be evaluated together: same function, and no parameters of their own."""
+    return id(act) if isinstance(act, nn.Module) and any(True for _ in act.parameters()) else repr(act)
+
+def lora_pairs(module):
+    """[(lora_A (rank, in), lora_B (out, rank)), ...] of a layer: one of our LoRALinear, the active adapters' of a PEFT layer, else none.
+    All that NA-LoRA knows of LoRA."""
+    if isinstance(module, LoRALinear):
+        return [(module.lora_A, module.lora_B)]
+    adapters = getattr(module, "active_adapters", []) if hasattr(module, "lora_A") else []
+    return [(module.lora_A[name].weight, module.lora_B[name].weight) for name in adapters if name in module.lora_A]
+
+def find_ffns(model, gate):
+    """{name: module} of the FFNs whose gate carries LoRA. ValueError, with the reason, if there is none."""
+    found, leaf = {}, gate.split(".")[-1]
+    for name, module in model.named_modules():
+        if f".{name}".endswith(f".{gate}") and lora_pairs(module):
+            parent = name.rpartition(".")[0]
+            ffn = model.get_submodule(parent)
+            if gate != "gate_proj" and activation(ffn) is None:
+                raise ValueError(f"{parent or 'the model'} has {leaf} but no activation (act_fn, activation_fn, act): gate must name the linear layer in front of one.")
+            if gate != "gate_proj" or is_gated_ffn(ffn):
+                found[parent.replace("_orig_mod.", "").removeprefix("module.")] = ffn       # one name under DDP and torch.compile, too
+    if not found and any(name.endswith("gate_up_proj") for name, _ in (*model.named_modules(), *model.named_parameters())):
+        raise ValueError("This model fuses gate and up into gate_up_proj, whose rows NA-LoRA cannot tell apart yet: use a model with gate_proj and up_proj.")
+    if not found:
+        raise ValueError(f"No gated FFN here has LoRA on its {leaf}: call inject_lora (or PEFT) with {leaf!r} among the targets first, "
+                         "and name the layer with gate=... if the FFN has no gate_proj.")
+    return found
+
+def check_optimizer(optimizer, controlled):
+    """ValueError unless the optimizer holds every controlled parameter, whole, and is not steered already."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if getattr(optimizer, "nalora", None):
+        raise ValueError("This optimizer is steered by another NALoRA: call its remove() first, else each step would be corrected twice.")
+    if any(hasattr(p, "placements") or p.numel() == 0 or p.dim() != 2 for _, _, p in controlled):
+        raise ValueError("The LoRA parameters are sharded (FSDP, ZeRO-3), and NA-LoRA must see whole rows: train with DistributedDataParallel or ZeRO-1.")
+    if any(id(p) not in held for _, _, p in controlled):
+        raise ValueError("The optimizer does not hold the FFNs' LoRA parameters: give it lora_parameters(model), after inject_lora.")
+
+def column_norms(linear):
+    """(in,) norms of the columns of a linear layer's weight, the frozen one under LoRA."""
+    return widen(getattr(linear, "base_layer", linear).weight.detach()).norm(dim=0)
+
+def initial_state(config, index, gate):
     """The state of FFN number `index` before anything is observed: every row moves fully. The random mask is drawn here, once."""
-    B = lora_pair(ffn.gate_proj)[1]                                                         # (F, rank)
+    B = lora_pairs(gate)[0][1]                                                              # (F, rank)
     draw = torch.rand(len(B), generator=torch.Generator().manual_seed(config.seed + 1_000_003 * index))
     zero = widen(B.detach().new_zeros(()))
     return {"importance": zero.repeat(len(B)), "mask": importance_mask(draw, config.keep if config.mask == "random" else 1).to(B.device),
             "k_hat": zero + math.nan, "occupancy": zero + math.nan, "scale": zero + 1}
 
-def controlled_parameters(config, name, ffn):
+def controlled_parameters(config, name, ffn, gate):
     """Yields (FFN name, whether it is B_gate, parameter) of what the method steers: B_gate by the mask, every pair by the scale."""
-    gate_B = lora_pair(ffn.gate_proj)[1]
-    if config.mask != "none" or config.scale != "none":
-        yield name, True, gate_B
-    if config.scale != "none":
-        pairs = [lora_pair(linear) for linear in (ffn.gate_proj, ffn.up_proj, ffn.down_proj)]
-        yield from ((name, False, p) for pair in pairs for p in pair if p is not gate_B)
+    for part, linear in ffn.named_children():
+        for A, B in lora_pairs(linear):
+            if part == gate and (config.mask, config.scale) != ("none", "none"):
+                yield name, True, B
+            if config.scale != "none":
+                yield from ((name, False, p) for p in (A, B) if part != gate or p is A)
 
 def check_config(c):
     choices = {"mask": ("derivative", "inverted", "random", "none"), "scale": ("homogeneity", "uniform", "none"),
-               "budget": ("raw", "neutral"), "score": ("phi_prime", "rho_prime")}
+               "budget": ("raw", "neutral"), "score": ("phi_prime", "rho_prime", "downstream")}
     for field, allowed in choices.items():
         if getattr(c, field) not in allowed:
             raise ValueError(f"{field} is {getattr(c, field)!r}: choose one of {', '.join(allowed)}.")
@@ -604,12 +685,15 @@ def merge_lora(model):
     """W <- W + (alpha / rank) B A, computed in float32 and rounded once to W's dtype; each nn.Linear is back in its place afterwards,
     and frozen. Returns their names.
 
-    There is no way back, and a second call is a ValueError: nothing is left to merge. So is a tied weight, since merging it would
-    change another layer too; then nothing is changed.
+    There is no way back, and a second call is a ValueError: nothing is left to merge. So is a quantized weight, one on the meta device,
+    and a tied one, since merging it would change another layer too; then nothing is changed.
     """
     layers = lora_layers(model)
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values())
     for name, layer in layers.items():
+        if layer.base_layer.weight.is_meta or not layer.base_layer.weight.is_floating_point():
+            raise ValueError(f"The weight of {name} is {'not loaded (meta device)' if layer.base_layer.weight.is_meta else 'quantized'}: "
+                             "load the base model in floating point to merge, or keep the adapter.")
         if owners[id(layer.base_layer.weight)] > 1:
             raise ValueError(f"The weight of {name} is tied to another layer, and merging would change both: untie it, or keep the adapter.")
     for name, layer in layers.items():

