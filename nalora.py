@@ -202,6 +202,7 @@ class NALoRA:
             raise ValueError("score='downstream' reads up_proj and down_proj, which this FFN lacks: choose another score.")
         self._selects = torch.tensor([selects(activation(ffn)) for ffn in self._ffns.values()]).to(next(iter(self._state.values()))["scale"].device)
         self._norms = {name: column_norms(ffn.down_proj) for name, ffn in self._ffns.items() if config.score == "downstream"}
+        self._adapters = self._active()
         self._observes = config.mask in ("derivative", "inverted") or config.scale != "none"
         if self._observes:
             parts = (self._gate, "up_proj") if self._norms else (self._gate,)
@@ -217,12 +218,14 @@ class NALoRA:
     def _observe(self, key, linear, inputs, z):
         """Forward hook of a gate (key: its FFN's name and its own). Training only: evaluation must leave no trace in the statistics."""
         if linear.training and torch.is_grad_enabled():
-            if self.token_mask is not None and self.token_mask.numel() != z.shape[:-1].numel():         # some models flatten (batch, seq)
+            flat = z.dim() == 2 and self.token_mask is not None and self.token_mask.numel() == len(z)   # some models flatten (batch, seq)
+            if self.token_mask is not None and self.token_mask.shape != z.shape[:-1] and not flat:
                 raise ValueError(f"token_mask is {tuple(self.token_mask.shape)} but the gates see tokens {tuple(z.shape[:-1])}: "
                                  "set it anew before each forward pass, or to None.")
             if self._version not in (None, self._controlled[0][2]._version):
                 self._version = None
-                warnings.warn("The LoRA parameters moved, but NALoRA's hooks were not called: make it with the optimizer whose step() runs.", stacklevel=3)
+                warnings.warn("The LoRA parameters moved, but NALoRA's hooks were not called: make it with the optimizer whose step() runs "
+                              "(and remove() any earlier one).", stacklevel=3)
             if key in self._samples:                                                        # another microbatch has begun
                 self._add_up()
             seen, stride = self._seen.get(key, 0), self.config.stride
@@ -293,11 +296,18 @@ class NALoRA:
             return torch.where(importance.sum() > 0, importance / importance.mean(), 1)[:, None]
         return (mask / mask.to(importance).mean() if self.config.budget == "neutral" else mask.to(importance))[:, None]
 
+    def _active(self):
+        """Which adapters train now, told by the first gate."""
+        return [id(p) for pair in lora_pairs(getattr(next(iter(self._ffns.values())), self._gate)) for p in pair]
+
     def _before_step(self, optimizer, args, kwargs):
         self._before = [p.detach().clone() for _, _, p in self._controlled]
 
     @torch.no_grad()
     def _after_step(self, optimizer, args, kwargs):
+        if self._adapters != self._active():
+            self._adapters = self._active()
+            warnings.warn("Other adapters are active than when this NALoRA was made, and they train as plain LoRA: remove() it and make a new one.", stacklevel=3)
         skipped = getattr(optimizer, "found_inf", None)                                     # a fused optimizer under GradScaler
         if skipped is None or not skipped.item():
             self._add_up()
@@ -359,7 +369,8 @@ def lora_pairs(module):
     if isinstance(module, LoRALinear):
         return [(module.lora_A, module.lora_B)]
     adapters = getattr(module, "active_adapters", []) if hasattr(module, "lora_A") else []
-    return [(module.lora_A[name].weight, module.lora_B[name].weight) for name in adapters if name in module.lora_A]
+    weight = lambda part: getattr(part, "weight", part)                                     # a Linear, or in AdaLoRA a bare parameter
+    return [(weight(module.lora_A[name]), weight(module.lora_B[name])) for name in adapters if name in module.lora_A]
 
 def find_ffns(model, gate):
     """{name: module} of the FFNs whose gate carries LoRA. ValueError, with the reason, if there is none."""
@@ -380,14 +391,19 @@ def find_ffns(model, gate):
     return found
 
 def check_optimizer(optimizer, controlled):
-    """ValueError unless the optimizer holds every controlled parameter, whole, and is not steered already."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    """ValueError unless the optimizer has step hooks, holds every controlled parameter, whole and trainable, and is not steered already."""
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        raise ValueError(f"NALoRA hooks the step of a torch.optim.Optimizer, and this is {type(optimizer).__name__}: give it the one that steps "
+                         "(with Trainer, call trainer.create_optimizer() first or pass optimizers=(optimizer, None)).")
     if getattr(optimizer, "nalora", None):
-        raise ValueError("This optimizer is steered by another NALoRA: call its remove() first, else each step would be corrected twice.")
+        raise ValueError("This optimizer is steered by another NALoRA: call optimizer.nalora.remove() first, else each step would be corrected twice.")
     if any(hasattr(p, "placements") or p.numel() == 0 or p.dim() != 2 for _, _, p in controlled):
-        raise ValueError("The LoRA parameters are sharded (FSDP, ZeRO-3), and NA-LoRA must see whole rows: train with DistributedDataParallel or ZeRO-1.")
+        raise ValueError("The LoRA parameters are sharded (FSDP, ZeRO-3), and NA-LoRA must see whole rows: train with DistributedDataParallel.")
+    if not all(p.requires_grad for _, _, p in controlled):
+        raise ValueError("The FFNs' LoRA parameters are frozen: unfreeze them first (PeftModel.from_pretrained(..., is_trainable=True)).")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if any(id(p) not in held for _, _, p in controlled):
-        raise ValueError("The optimizer does not hold the FFNs' LoRA parameters: give it lora_parameters(model), after inject_lora.")
+        raise ValueError("The optimizer does not hold the FFNs' LoRA parameters: make it from the trainable parameters, after LoRA is in place.")
 
 def column_norms(linear):
     """(in,) norms of the columns of a linear layer's weight, the frozen one under LoRA."""

@@ -1,4 +1,4 @@
-"""The executable specification of nalora.py and train_tiny.py, in their order. Run: pytest. Offline, CPU, under two minutes."""
+"""The executable specification of nalora.py and train_tiny.py, in their order. Run: pytest. Offline, CPU, a few minutes."""
 import copy
 import importlib.util
 import json
@@ -585,7 +585,14 @@ def test_nalora_refuses():
     model = lora_llama()
     with pytest.raises(ValueError, match="optimizer does not hold"):
         NALoRA(model, torch.optim.AdamW(lora_parameters(model)[:3]))
+    for wrong in (None, object()):
+        with pytest.raises(ValueError, match="hooks the step of a torch.optim.Optimizer"):
+            NALoRA(model, wrong)
     opt = torch.optim.AdamW(lora_parameters(model))
+    lora_parameters(model)[0].requires_grad_(False)
+    with pytest.raises(ValueError, match="frozen"):
+        NALoRA(model, opt)
+    lora_parameters(model)[0].requires_grad_(True)
     first = NALoRA(model, opt)
     with pytest.raises(ValueError, match="steered by another NALoRA"):
         NALoRA(model, opt)
@@ -1577,7 +1584,7 @@ if all(importlib.util.find_spec(name) for name in ("transformers", "peft", "acce
         ids, prompt = train_tiny.encode_problem(again, SPLITS["val"][0])
         assert ids[-1] == again.eot_token == 2 and again.decode(ids[prompt:-1]).replace(" ", "") == SPLITS["val"][0]["completion"].replace(" ", "")
         out = tmp_path / "compared"
-        assert train_tiny.main([*comparison_arguments(tmp_path / "base", out), "--train-size", "20"]) == 0
+        assert train_tiny.main([*comparison_arguments(tmp_path / "base", out), "--train-size", "20", "--methods", "full", "lora", "--lrs", "1e-2"]) == 0
         assert json.loads((out / "comparison.json").read_text())["base"]["text_loss"] < math.log(128) + 0.1       # of text that the base wrote
 
     TINY = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0,
@@ -1640,6 +1647,9 @@ if all(importlib.util.find_spec(name) for name in ("transformers", "peft", "acce
         B = model.get_parameter("base_model.model.model.layers.0.mlp.gate_proj.lora_B.second.weight")
         assert 12 <= (B != 0).any(1).sum() < 30 and B.shape == (48, 2)
         assert tool.statistics()["base_model.model.model.layers.0.mlp"]["mask"].sum() == 12
+        model.set_adapter("default")
+        with pytest.warns(UserWarning, match="Other adapters are active"):
+            hf_step(model, opt, 3)
 
     def test_interop_ffns_without_a_gate_and_fused_ones():
         import transformers
