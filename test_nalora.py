@@ -1429,6 +1429,7 @@ def test_variants_of_a_sweep(base):
     variants = train_tiny.variants_of(args)
     assert list(variants) == ["lora", *(f"nalora-mask:score=rho_prime,keep={k}" for k in (0.05, 0.1, 0.25, 0.5))] and variants["lora"]["value"] is None
     config = train_tiny.configure(args, "nalora-mask:score=rho_prime,keep=0.1,targets=gate_proj+up_proj", lr=0.5, seed=3)
+    assert train_tiny.configure(args, "nalora:soft")["nalora"]["soft"] and not train_tiny.configure(args, "nalora:no-soft")["nalora"]["soft"]
     assert (config["nalora"]["score"], config["nalora"]["keep"], config["targets"], config["lr"], config["seed"]) == ("rho_prime", 0.1, ["gate_proj", "up_proj"], 0.5, 3)
 
 

@@ -580,7 +580,7 @@ def configure(args, spec, **changes):
     method, _, flags = spec.partition(":")
     if method not in METHODS or method == "pretrain":
         raise ValueError(f"--methods: {spec!r} names no method; choose among {', '.join(m for m in METHODS if m != 'pretrain')}.")
-    words = [word for flag in flags.split(",") if flag for name, _, value in [flag.partition("=")] for word in (f"--{name}", *value.split("+"))]
+    words = [word for flag in flags.split(",") if flag for name, _, value in [flag.partition("=")] for word in (f"--{name}", *filter(None, value.split("+")))]
     changed = command_line().parse_args(words, argparse.Namespace(**{**vars(args), **changes}))
     return {**resolve(changed, method), "threads": args.threads}
 
