@@ -976,7 +976,7 @@ def report(results, readme):
         raise ValueError(f"{results} holds no comparison: make one with --compare --results {results}/NAME.")
     for name, comparison in comparisons.items():
         write_whole(results / name / "comparison.md", lambda path: path.write_text(markdown(comparison), encoding="utf-8"))
-    whole = {name: c for name, c in reversed(comparisons.items()) if "nalora" in c["variants"] and not c["sweep"]}
+    whole = {name: c for name, c in reversed(comparisons.items()) if {"full", "nalora"} <= set(c["variants"]) and not c["sweep"]}
     draw_homogeneity({c["base"]["path"]: c for c in whole.values()}, results / "homogeneity.png")                    # the first of each base
     draw_keep({name: c for name, c in comparisons.items() if c["sweep"] == "keep"}, results / "keep.png")
     write_whole(readme, lambda path: path.write_text(with_tables(readme.read_text(encoding="utf-8"), results), encoding="utf-8"))
