@@ -17,7 +17,7 @@ THE ALGORITHM. Given LoRA pairs (A, B) on gate_proj, up_proj and down_proj of ev
     forward   over every 17th token since the last step, per gate channel c:   score_c = mean |phi'(z_c)|
               over the same tokens and all channels:   k_hat = sum z phi'(z) phi(z) / sum phi(z)^2,   p = share of z > 0
     step      remember A and B, let the optimizer step as ever (its moments see the true gradients), then per FFN:
-              I     <- ema I + (1 - ema) score               temporal importance (F,), from 0; only its order counts
+              I     <- ema I + (1 - ema) score               temporal importance (F,), from 0; a hard mask reads its order only
               mask  <- the ceil(keep F) channels with the largest I
               scale <- 1 / clip(k_hat, 1/2, 2)               but 1 if min(p, 1 - p) < 0.05 or phi has rho' = 0: no two regimes
               row c of B_gate      <- before + mask_c scale (after - before)
@@ -173,7 +173,7 @@ class NALoRAConfig:
     budget: str = "raw"             # "neutral": mask / its mean and scales / their geometric mean over FFNs; the mean step stays LoRA's
     score: str = "phi_prime"        # "phi_prime": |phi'| | "rho_prime": |rho'| | "downstream": |phi' u| times the norm of W_down's column
     ema: float = 0.9                # decay of the importance per step, in [0, 1)
-    stride: int = 17                # observe every 17th token: odd, so that it meets all places of sequences of even length
+    stride: int = 17                # observe every 17th token: a prime, so that it meets all places of a sequence unless 17 divides its length
     seed: int = 0                   # of the random mask
 
     def __post_init__(self):
@@ -305,8 +305,8 @@ class NALoRA:
 
     @torch.no_grad()
     def _after_step(self, optimizer, args, kwargs):
-        if self._adapters != self._active():
-            self._adapters = self._active()
+        if self._adapters != (now := self._active()):
+            self._adapters = now
             warnings.warn("Other adapters are active than when this NALoRA was made, and they train as plain LoRA: remove() it and make a new one.", stacklevel=3)
         skipped = getattr(optimizer, "found_inf", None)                                     # a fused optimizer under GradScaler
         if skipped is None or not skipped.item():

@@ -1668,12 +1668,13 @@ if all(importlib.util.find_spec(name) for name in ("transformers", "peft", "acce
             with pytest.raises(ValueError, match="name the layer with gate="):
                 NALoRA(model, opt)
             tool = NALoRA(model.train(), opt, NALoRAConfig(stride=1, keep=0.25), gate=gate)
-            before = [B.detach().clone() for _, B in pairs_of(model)]
+            gates = {name: nalora.lora_pairs(model.get_submodule(f"{name}.{gate.split('.')[-1]}"))[0][1] for name in tool.statistics()}
+            before = {name: B.detach().clone() for name, B in gates.items()}
             model(**inputs)[0].square().mean().backward()
             opt.step()
-            assert len(tool.statistics()) == 2
-            for s, B, old in zip(tool.statistics().values(), [B for m in model.modules() for _, B in nalora.lora_pairs(m) if len(B) == len(next(iter(tool.statistics().values()))["mask"])], [b for b in before if len(b) == len(next(iter(tool.statistics().values()))["mask"])]):
-                assert torch.equal((B != old).any(1), s["mask"]) and s["mask"].float().mean() == 0.25 and math.isfinite(s["k_hat"])
+            assert len(gates) == 2
+            for name, s in tool.statistics().items():
+                assert torch.equal((gates[name] != before[name]).any(1), s["mask"]) and s["mask"].float().mean() == 0.25 and math.isfinite(s["k_hat"])
         phi = transformers.Phi3ForCausalLM(transformers.Phi3Config(**TINY))
         inject_lora(phi, ["gate_up_proj", "down_proj"], rank=4, alpha=8)
         with pytest.raises(ValueError, match="fuses gate and up"):

@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import platform
 import re
+import shutil
 import signal
 import statistics
 import sys
@@ -41,6 +42,7 @@ from nalora import (ACTIVATIONS, Llama, LlamaConfig, NALoRA, NALoRAConfig, effec
 
 ROOT = Path(os.path.relpath(Path(__file__).resolve().parent))
 DATA = ROOT / "data"
+RANK, LOCAL_RANK, RANKS = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))      # of torchrun
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # What each method sets in NALoRAConfig; None: no NALoRA. The controls are matched: the random and inverted masks to nalora-mask,
 # the uniform scale to nalora-scale, both together (random-uniform) to nalora.
@@ -204,6 +206,14 @@ def encode_text(tokenizer, path):
     return [i for ids in documents for i in (tokenizer.eot_token, *ids)] + [tokenizer.eot_token]
 
 
+def text_windows(tokenizer, path):
+    """A text file in consecutive windows of 129 tokens, (N, 129); the rest is left out. ValueError if it has no such window."""
+    ids = torch.tensor(encode_text(tokenizer, path))
+    if len(ids) < 129:
+        raise ValueError(f"{path} has {len(ids)} tokens: at least 129 are needed.")
+    return ids[:len(ids) // 129 * 129].view(-1, 129)
+
+
 # ---- evaluation -------------------------------------------------------------------------------------------------------------------
 
 
@@ -268,8 +278,8 @@ class Run:
 
     def __init__(self, config):
         self.config, self.data = config, Path(config["data"])
-        self.rank, self.ranks = int(os.environ.get("RANK", 0)), config.get("ranks", 1)
-        self.device = torch.device(config["device"], int(os.environ.get("LOCAL_RANK", 0)) if config["device"] == "cuda" else None)
+        self.rank, self.ranks = RANK, config.get("ranks", 1)
+        self.device = torch.device(config["device"], LOCAL_RANK if config["device"] == "cuda" else None)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=config["dtype"] == "bfloat16")
         method = config["method"]
         self.tokenizer = load_tokenizer(self.data) if method == "pretrain" else tokenizer_of(config["base"], self.data)
@@ -283,10 +293,7 @@ class Run:
             self.model = Llama(LlamaConfig(vocab_size=self.tokenizer.n_vocab, **TINY)).to(self.device)
             ids = encode_text(self.tokenizer, self.data / "pretrain.txt")
             self.batches = TextBatches(ids, config["batch_size"], 128, config["seed"])
-            held_out = torch.tensor(encode_text(self.tokenizer, self.data / "pretrain_val.txt"))
-            if len(held_out) < 129:
-                raise ValueError(f"{self.data / 'pretrain_val.txt'} has {len(held_out)} tokens: at least 129 are needed.")
-            held_out = held_out[:len(held_out) // 129 * 129].view(-1, 129)
+            held_out = text_windows(self.tokenizer, self.data / "pretrain_val.txt")
             self.validation = [(held_out[:, :-1], held_out[:, 1:], None)]
         else:
             self.model = Llama.from_pretrained(config["base"]).to(self.device)
@@ -348,8 +355,9 @@ class Run:
         return loss * ((targets != -100).sum() * self.ranks / (all_targets != -100).sum()) if self.ranks > 1 else loss
 
     def mean_over_ranks(self, value):
-        if self.ranks > 1:
-            torch.distributed.all_reduce(value)
+        if self.ranks == 1:
+            return value
+        torch.distributed.all_reduce(value)
         return value / self.ranks
 
     def validate(self):
@@ -562,7 +570,7 @@ def step_time_ratio(config, other, pairs):
 COMPARED = ["full", "lora", "nalora", "nalora-neutral", "nalora-mask", "nalora-scale", "random-mask", "inverted-mask", "uniform-scale", "random-uniform"]
 CONTROLS = {"nalora": ["random-mask", "random-uniform"], "nalora-neutral": ["nalora"], "nalora-mask": ["random-mask", "inverted-mask"],
             "nalora-scale": ["uniform-scale"]}
-LEARNING_RATES = {"adamw": [2e-3, 4e-3, 8e-3, 1.6e-2], "sgd": [0.1, 0.3, 1.0, 3.0]}      # one grid for every variant
+TUNING_GRID = {"adamw": [2e-3, 4e-3, 8e-3, 1.6e-2], "sgd": [0.1, 0.3, 1.0, 3.0]}      # one grid for every variant
 SWEEPS = {"rank": [f"rank={r},alpha={2 * r}" for r in (1, 2, 4, 8, 16)], "train-size": ["train-size=100", "train-size=300", ""],
           "targets": ["", "targets=gate_proj+up_proj+down_proj", "targets=gate_proj"], "keep": [f"keep={k}" for k in (0.05, 0.1, 0.25, 0.5)],
           "score": ["score=phi_prime", "score=rho_prime", "score=downstream"], "optimizer": ["optimizer=adamw", "optimizer=sgd"]}
@@ -633,11 +641,11 @@ def run_jobs(jobs, workers):
             if read_json(out / "config.json") != config:
                 raise ValueError(f"{out} holds a run with other settings: choose another --out, or use the flags that it was made with.")
             done[name] = read_json(out / "summary.json")
-    todo, began, print_left = {name: job for name, job in jobs.items() if name not in done}, time.perf_counter(), len(done)
+    todo, began, at_start = {name: job for name, job in jobs.items() if name not in done}, time.perf_counter(), len(done)
     print(f"{len(jobs)} runs, {len(done)} of them finished already", flush=True)
     for name, summary in job_results(todo, workers):
         done[name] = summary
-        left = (time.perf_counter() - began) / (len(done) - print_left) * (len(jobs) - len(done)) / 60
+        left = (time.perf_counter() - began) / (len(done) - at_start) * (len(jobs) - len(done)) / 60
         loss = "diverged" if summary["val_loss"] is None else f"val_loss {summary['val_loss']:.4f}"
         exact = "" if summary.get("test_exact_match") is None else f"  exact match {summary['test_exact_match']:.3f}"
         print(f"[{len(done)}/{len(jobs)}] {name}: {loss}{exact}   about {left:.0f} min left", flush=True)
@@ -668,7 +676,7 @@ def job(args, label, lr, seed, **changes):
 def grid(args, label):
     """The learning rates that a variant is tuned over: those of every variant, unless it names its own ("full:lr=0.002")."""
     config = configure(args, label, lr=1.0)
-    return [config["lr"]] if config["lr"] != 1 else args.lrs or LEARNING_RATES[config["optimizer"]]
+    return [config["lr"]] if config["lr"] != 1 else args.lrs or TUNING_GRID[config["optimizer"]]
 
 
 def tune(args, variants):
@@ -709,8 +717,11 @@ def compare(args):
     for name, text in (("comparison.csv", csv_text(rows)), ("comparison.md", markdown(result))):
         write_whole(args.results / name, lambda path: path.write_text(text, encoding="utf-8"))
     draw_comparison(result, args.results)
-    if not args.sweep and "nalora" in variants and not (args.results / "at_work.png").exists():
-        draw_at_work(jobs, args.seeds[0], args.results / "at_work.png")
+    if not args.sweep and "nalora" in variants:
+        figure = args.out / f"at_work-lr{variants['nalora']['lr']:g}.png"                   # it trains two runs anew: once is enough
+        if not figure.exists():
+            draw_at_work(jobs, args.seeds[0], figure)
+        write_whole(args.results / "at_work.png", lambda path: shutil.copyfile(figure, path))
     print(f"\n{markdown(result)}\nwritten to {args.results}")
 
 
@@ -784,8 +795,7 @@ def held_out_text(base, run):
     """Windows (B, T) to measure forgetting on: held-out pre-training text for the toy; for another base, text that it writes itself at
     temperature 1, where the increase of the loss estimates KL(base || tuned)."""
     if not isinstance(run.tokenizer, CheckpointTokenizer):
-        ids = torch.tensor(encode_text(run.tokenizer, DATA / "pretrain_val.txt"))
-        return ids[:len(ids) // 129 * 129].view(-1, 129)
+        return text_windows(run.tokenizer, DATA / "pretrain_val.txt")
     start = torch.full((32, 1), (run.tokenizer.opening or [run.tokenizer.eot_token])[0])
     return base.generate(start, 128, temperature=1.0, generator=torch.Generator().manual_seed(0))
 
@@ -839,23 +849,23 @@ def history(out):
 
 def step_times(args, variants, jobs, summaries):
     """{label: its step time / LoRA's}, in alternation in this process; kept in args.out, since another day's timing would differ."""
-    lora = next((label for label in variants if label == "lora"), None)
-    if args.sweep or not lora:
+    if args.sweep or "lora" not in variants:
         return {}
     path, name = args.out / "step_time.json", lambda label: f"{label} seed={args.seeds[0]}"
-    known = read_json(path) if path.exists() else {lora: 1.0}
-    pairs = max(5, min(60, int(10_000 / (summaries[name(lora)]["step_ms"] or 1000))))
+    known = read_json(path) if path.exists() else {"lora": 1.0}
+    pairs = max(5, min(60, int(10_000 / (summaries[name("lora")]["step_ms"] or 1000))))
     for label in variants:
         if label not in known:
-            known[label] = step_time_ratio(jobs[name(lora)][1], jobs[name(label)][1], pairs)
+            known[label] = step_time_ratio(jobs[name("lora")][1], jobs[name(label)][1], pairs)
             write_json(path, known)
     return {label: known[label] for label in variants}
 
 
 def machine():
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.machine()) \
-        if Path("/proc/cpuinfo").exists() else platform.machine()
-    return {"processor": model, "cores": os.cpu_count(), "system": platform.system(), "python": platform.python_version(), "torch": torch.__version__}
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    named = re.search(r"^model name\s*: (.*)", info, re.M)
+    return {"processor": named[1].strip() if named else platform.machine(), "cores": os.cpu_count(), "system": platform.system(),
+            "python": platform.python_version(), "torch": torch.__version__}
 
 
 def rounded(value):
@@ -1201,7 +1211,7 @@ def draw_keep(comparisons, path):
 
 
 def draw_curves(ax, comparison):
-    values = [value for value in SWEEPS[comparison["sweep"]]]
+    values = list(dict.fromkeys(v["value"] for v in comparison["variants"].values() if v["value"] is not None))
     ticks = [re.sub(r"(,.*|^.*?=)", "", value) or ALL_VALUES[comparison["sweep"]] for value in values]
     for method, (colour, marker) in styles(dict.fromkeys(v["spec"] for v in comparison["variants"].values())).items():
         of_value = {v["value"]: label for label, v in comparison["variants"].items() if v["spec"] == method}
@@ -1238,7 +1248,8 @@ def draw_at_work(jobs, seed, path):
 
 
 def trace(config):
-    """Repeats one run and records, per FFN, the importance at 50 moments (50, F) and the length of the path of each row of B_gate (F,)."""
+    """Trains by a configuration, writes nothing. Returns, per FFN, the importance at about 50 moments (50, F) and the length of the path
+    of each row of B_gate (F,)."""
     run = Run(config)
     rows = {name.removesuffix(".gate_proj.lora_B"): p for name, p in run.trainable.items() if name.endswith("gate_proj.lora_B")}
     importance, travel = {name: [] for name in rows}, {name: 0 for name in rows}
@@ -1279,7 +1290,7 @@ def command_line():
     add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of the runs that are judged (default: %(default)s)")
     add("--tuning-seeds", type=int, nargs="+", default=[100, 101], help="of the runs that choose the learning rate (default: %(default)s)")
     add("--lrs", type=float, nargs="+", help="learning rates that every variant is tuned over; with one, nothing is tuned "
-        f"(default: {' '.join(map(str, LEARNING_RATES['adamw']))}; SGD: {' '.join(map(str, LEARNING_RATES['sgd']))})")
+        f"(default: {' '.join(map(str, TUNING_GRID['adamw']))}; SGD: {' '.join(map(str, TUNING_GRID['sgd']))})")
     add("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, each with --threads threads (default: %(default)s)")
     add("--results", type=Path, metavar="DIR", help="folder of tables and figures (default: --out)")
     add("--report", action="store_true", help="make the README's tables and figures anew from the comparisons in results/, and exit")
@@ -1323,7 +1334,6 @@ def given(value, default):
 def resolve(args, method):
     """The complete configuration of one run, as JSON-able values. ValueError on a value or a flag that the method has no use for."""
     pretrain, adapts, sgd, preset = method == "pretrain", method not in ("pretrain", "full"), args.optimizer == "sgd", METHODS[method]
-    ranks = int(os.environ.get("WORLD_SIZE", 1))                    # set by torchrun
     several = args.method == "all" or args.compare                  # methods: then a flag may be meant for some of them
     own = [f.name for f in fields(NALoRAConfig) if f.name != "seed"]
     useless = {"base": pretrain, "train_size": pretrain, **dict.fromkeys(("rank", "alpha", "targets"), not adapts), **dict.fromkeys(own, preset is None),
@@ -1341,10 +1351,10 @@ def resolve(args, method):
               "weight_decay": given(args.weight_decay, 0.1 if pretrain else 0.0), "optimizer": args.optimizer, "grad_clip": args.grad_clip,
               "eval_every": given(args.eval_every, 250 if pretrain else 50), "test_size": args.test_size}
     config |= {"momentum": given(args.momentum, 0.0)} if sgd else {"beta1": given(args.beta1, 0.9), "beta2": given(args.beta2, 0.95 if pretrain else 0.999)}
-    if ranks > 1:
-        config |= {"ranks": ranks}
-        if config["batch_size"] % ranks:
-            raise ValueError(f"--batch-size {config['batch_size']} cannot be shared evenly by {ranks} ranks: give a multiple of {ranks}.")
+    if RANKS > 1:
+        config |= {"ranks": RANKS}
+        if config["batch_size"] % RANKS:
+            raise ValueError(f"--batch-size {config['batch_size']} cannot be shared evenly by {RANKS} ranks: give a multiple of {RANKS}.")
     if not pretrain:
         config |= {"base": str(args.base or (args.data if args.data.is_dir() else DATA) / "base"), "train_size": args.train_size}
     if adapts:
@@ -1352,8 +1362,8 @@ def resolve(args, method):
     if preset is not None:
         chosen = {f: getattr(args, f) for f in own if getattr(args, f) is not None}
         c = NALoRAConfig(**{**preset, "seed": args.seed, **chosen})
-        ranks = c.mask in ("derivative", "inverted")
-        idle = {**dict.fromkeys(preset, True), "keep": c.soft or c.mask == "none", "score": not ranks, "ema": not ranks, "stride": not ranks and c.scale == "none"}
+        ordered = c.mask in ("derivative", "inverted")
+        idle = {**dict.fromkeys(preset, True), "keep": c.soft or c.mask == "none", "score": not ordered, "ema": not ordered, "stride": not ordered and c.scale == "none"}
         for name in chosen:
             if idle.get(name) and not several:
                 raise ValueError(f"--{name} has no effect with --method {method}, mask {c.mask!r}{' (soft)' * c.soft} and scale {c.scale!r}: leave it out.")
@@ -1429,18 +1439,17 @@ def check_comparison(args):
 @contextlib.contextmanager
 def ranks_of_torchrun(args):
     """Joins the ranks that torchrun started, if it did; only rank 0 speaks."""
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if ranks == 1:
+    if RANKS == 1:
         yield
         return
     if args.compare or args.method == "all" or args.sample is not None:
         raise ValueError("torchrun trains one method on several ranks: give --method and no --compare or --sample.")
     cuda = args.device in ("auto", "cuda") and torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(LOCAL_RANK)
     torch.distributed.init_process_group("nccl" if cuda else "gloo")
     try:
-        with contextlib.redirect_stdout(open(os.devnull, "w") if rank else sys.stdout):
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if RANK else sys.stdout):
             yield
     finally:
         torch.distributed.destroy_process_group()
@@ -1454,7 +1463,8 @@ def main(argv=None):
         with ranks_of_torchrun(args):
             command(args)
     except (ValueError, OSError) as e:
-        print(f"train_tiny.py: {e}", file=sys.stderr if os.environ.get("RANK", "0") == "0" else open(os.devnull, "w"))
+        if RANK == 0:
+            print(f"train_tiny.py: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         again = "again" if args.compare else "with --resume"
