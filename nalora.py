@@ -168,12 +168,11 @@ class NALoRAConfig:
     """The method, its ablations and its controls. ValueError on anything that does not stand here."""
     mask: str = "derivative"        # "derivative" | "inverted" (the least important) | "random" (fixed rows) | "none"
     keep: float = 0.5               # share of the gate channels whose row of B_gate moves, in (0, 1]
-    soft: bool = False              # True: cut no row (keep is not used), weight each by its importance over the mean importance
     scale: str = "homogeneity"      # "homogeneity" | "uniform" (every FFN takes the arithmetic mean of those scales) | "none"
     budget: str = "raw"             # "neutral": mask / its mean and scales / their geometric mean over FFNs; the mean step stays LoRA's
     score: str = "phi_prime"        # "phi_prime": |phi'| | "rho_prime": |rho'| | "downstream": |phi' u| times the norm of W_down's column
     ema: float = 0.9                # decay of the importance per step, in [0, 1)
-    stride: int = 17                # observe every 17th token: a prime, so that it meets all places of a sequence unless 17 divides its length
+    stride: int = 17                # observe every 17th token, one place later at each step, so that all places get their turn
     seed: int = 0                   # of the random mask
 
     def __post_init__(self):
@@ -193,7 +192,7 @@ class NALoRA:
     def __init__(self, model, optimizer, config=None, gate="gate_proj"):
         self.config = config = config or NALoRAConfig()
         self._optimizer = optimizer = getattr(optimizer, "optimizer", optimizer)            # inside Accelerate's wrapper
-        self.token_mask, self._samples, self._sums, self._seen, self._before, self._handles = None, {}, {}, {}, [], []
+        self.token_mask, self._steps, self._samples, self._sums, self._seen, self._before, self._handles = None, 0, {}, {}, {}, [], []
         self._ffns, self._gate, self._version = find_ffns(model, gate), gate.split(".")[-1], None
         self._state = {name: initial_state(config, i, getattr(ffn, self._gate)) for i, (name, ffn) in enumerate(self._ffns.items())}
         self._controlled = [entry for name, ffn in self._ffns.items() for entry in controlled_parameters(config, name, ffn, self._gate)]
@@ -229,7 +228,7 @@ class NALoRA:
             if key in self._samples:                                                        # another microbatch has begun
                 self._add_up()
             seen, stride = self._seen.get(key, 0), self.config.stride
-            every, self._seen[key] = slice(-seen % stride, None, stride), seen + z.shape[:-1].numel()
+            every, self._seen[key] = slice((self._steps - seen) % stride, None, stride), seen + z.shape[:-1].numel()
             tokens = None if self.token_mask is None else self.token_mask.flatten()[every].ne(0)
             self._samples[key] = z.detach().flatten(0, -2)[every].clone(), tokens           # (T, F), (T,)
 
@@ -268,12 +267,12 @@ class NALoRA:
         for name, sums in self._sums.items():
             alike.setdefault((sums.shape, sums.device), []).append(name)
         for names in alike.values():                                                        # all FFNs of one width at once
-            sums = torch.stack([self._sums[name] for name in names])                        # (FFNs, F + 4)
             old = {key: torch.stack([self._state[name][key] for name in names]) for key in self._state[names[0]]}
+            sums = torch.stack([self._sums[name] for name in names]).to(old["importance"])  # (FFNs, F + 4)
             importance = torch.lerp(sums[:, :-4] / sums[:, -4:-3], old["importance"], c.ema)                        # (FFNs, F)
             k_hat, occupancy = regime(sums[:, -4:], importance.size(-1))                    # (FFNs,) each
             new = dict(old, importance=importance, k_hat=k_hat, occupancy=occupancy)
-            if c.mask in ("derivative", "inverted") and not c.soft:
+            if c.mask in ("derivative", "inverted"):
                 new["mask"] = importance_mask(importance if c.mask == "derivative" else -importance, c.keep)
             usable = sums[:, -4] > 0                                                        # not all padding
             for key in ("importance", "mask", "k_hat", "occupancy"):
@@ -290,11 +289,12 @@ class NALoRA:
             for state, scale in zip(states, scales):
                 state["scale"] = scale.to(state["importance"].device)
 
-    def _row_weight(self, importance, mask):
-        """What the step of each row of B_gate is multiplied by, (F, 1). The mean of soft weights is 1 in either budget."""
-        if self.config.soft:
-            return torch.where(importance.sum() > 0, importance / importance.mean(), 1)[:, None]
-        return (mask / mask.to(importance).mean() if self.config.budget == "neutral" else mask.to(importance))[:, None]
+    def _factor(self, state, is_gate_B):
+        """What the step of a parameter is multiplied by: a number, or for B_gate one per row, (F, 1)."""
+        if not is_gate_B:
+            return state["scale"]
+        rows = state["mask"].to(state["scale"])                                             # (F,)
+        return state["scale"] * (rows / rows.mean() if self.config.budget == "neutral" else rows)[:, None]
 
     def _active(self):
         """Which adapters train now, told by the first gate."""
@@ -316,11 +316,11 @@ class NALoRA:
             self._reduce()
             if self._sums:
                 self._decide()
+            self._steps += 1
         self._version, self._samples, self._sums, self._seen = None, {}, {}, {}
         for (name, is_gate_B, p), before in zip(self._controlled, self._before):
-            state = self._state[name]
-            weight = state["scale"] * self._row_weight(state["importance"], state["mask"]) if is_gate_B else state["scale"]
-            p.copy_(torch.lerp(widen(before), widen(p), weight))        # exact at both ends: 0 puts a row back, 1 leaves the step
+            # lerp is exact at both ends: 0 puts a row back, 1 leaves the step
+            p.copy_(torch.lerp(widen(before), widen(p), self._factor(self._state[name], is_gate_B)))
         self._before = []
 
     def statistics(self):
@@ -331,8 +331,8 @@ class NALoRA:
         return {name: {key: v.clone() if v.dim() else v.item() for key, v in s.items()} for name, s in self._state.items()}
 
     def state_dict(self):
-        """{"config": dict, "ffns": {FFN module name: {the keys of `statistics`: tensors}}}. Take it between optimizer steps."""
-        return {"config": asdict(self.config), "ffns": {name: {k: v.clone() for k, v in s.items()} for name, s in self._state.items()}}
+        """{"config": dict, "steps": int, "ffns": {FFN module name: {the keys of `statistics`: tensors}}}. Take it between optimizer steps."""
+        return {"config": asdict(self.config), "steps": self._steps, "ffns": {name: {k: v.clone() for k, v in s.items()} for name, s in self._state.items()}}
 
     def load_state_dict(self, state):
         """Goes on from a `state_dict`. ValueError, with nothing changed, if it was made with another configuration or model."""
@@ -341,6 +341,7 @@ class NALoRA:
         saved, here = ({name: {k: v.shape for k, v in s.items()} for name, s in ffns.items()} for ffns in (state["ffns"], self._state))
         if saved != here:
             raise ValueError("This NALoRA state was made on another model: the names or widths of its FFNs differ.")
+        self._steps = state["steps"]
         self._state = {name: {k: state["ffns"][name][k].clone().to(v) for k, v in s.items()} for name, s in self._state.items()}
 
     def remove(self):
@@ -439,8 +440,6 @@ def check_config(c):
         raise ValueError(f"ema is {c.ema}: give a number in [0, 1).")
     if not (isinstance(c.stride, int) and c.stride >= 1):
         raise ValueError(f"stride is {c.stride}: give a whole number of at least 1 (1 observes every token).")
-    if c.soft and c.mask != "derivative":
-        raise ValueError(f"soft weights rows by their importance, so it goes with mask='derivative', not with {c.mask!r}.")
     if c.scale == "uniform" and c.budget == "neutral":
         raise ValueError("scale='uniform' with budget='neutral' divides out to exactly 1: say scale='none'.")
 

@@ -334,18 +334,8 @@ def test_neutral_budget_keeps_the_mean_step():
     scales = {budget: torch.tensor([s["scale"] for s in tool.statistics().values()]) for budget, (_, _, tool) in runs.items()}
     torch.testing.assert_close(scales["neutral"], scales["raw"] / scales["raw"].log().mean().exp())
     for state in runs["neutral"][2]._state.values():
-        rows = runs["neutral"][2]._row_weight(state["importance"], state["mask"])
+        rows = runs["neutral"][2]._factor(state, True) / state["scale"]
         assert rows.mean().item() == pytest.approx(1) and rows.max().item() == pytest.approx(4)
-
-
-def test_soft_mask_weights_rows_by_importance():
-    plain, soft = start(), start(NALoRAConfig(soft=True, scale="none"))
-    before = snapshot(plain[0])
-    take_step(*plain[:2], 0), take_step(*soft[:2], 0)
-    for name, s in soft[2].statistics().items():
-        B = f"{name}.gate_proj.lora_B"
-        weight = (s["importance"] / s["importance"].mean())[:, None]
-        torch.testing.assert_close(snapshot(soft[0])[B], before[B] + weight * (snapshot(plain[0])[B] - before[B]))
 
 
 def test_random_and_inverted_controls():
@@ -421,6 +411,19 @@ def test_stride_observes_every_nth_token():
     assert a["k_hat"] == pytest.approx(b["k_hat"], rel=1e-5)
 
 
+def test_no_place_of_a_sequence_is_always_missed():
+    model, opt, tool = start(NALoRAConfig(stride=7, ema=0))
+    tokens, targets = batch(0)
+    tokens, targets = tokens[:, :14], targets[:, :14]               # every 7th of these tokens stands at the same two places
+    tool.token_mask = torch.arange(14).expand(4, 14) % 7 == 3
+    observed = []
+    for i in range(7):
+        before = next(iter(tool.statistics().values()))["importance"]
+        model(tokens, targets)[1].backward(), opt.step(), opt.zero_grad()
+        observed.append(not torch.equal(before, next(iter(tool.statistics().values()))["importance"]))
+    assert observed == [i == 3 for i in range(7)]                   # at step 3, real tokens have their turn
+
+
 def test_evaluation_leaves_no_trace():
     (model, opt, _), (model_e, opt_e, _) = start(NALoRAConfig()), start(NALoRAConfig())
     for i in range(3):
@@ -444,6 +447,7 @@ def test_state_dict_round_trip(config):
     for i in range(1, 4):
         take_step(model, opt, i), take_step(model_n, opt_n, i)
     assert equal(snapshot(model), snapshot(model_n))
+    assert tool_n.state_dict()["steps"] == 4
     assert all(equal(s, tool_n.state_dict()["ffns"][name]) for name, s in tool.state_dict()["ffns"].items())
     with pytest.raises(ValueError, match="was made with"):
         start(NALoRAConfig(keep=0.123))[2].load_state_dict(state)
@@ -625,7 +629,7 @@ def test_sharded_parameters_are_refused():
 @pytest.mark.parametrize("setting, message", [({"keep": 0}, "keep is 0"), ({"keep": 1.5}, "keep is 1.5"), ({"keep": "0.5"}, "keep is '0.5'"), ({"keep": math.nan}, "keep is nan"),
                                               ({"ema": 1.0}, "ema is 1.0"), ({"mask": "top"}, "mask is 'top'"), ({"scale": None}, "scale is None"),
                                               ({"budget": "free"}, "budget"), ({"score": "phi"}, "score"), ({"stride": 0}, "stride is 0"),
-                                              ({"soft": True, "mask": "random"}, "soft weights rows"), ({"scale": "uniform", "budget": "neutral"}, "exactly 1")])
+                                              ({"scale": "uniform", "budget": "neutral"}, "exactly 1")])
 def test_config_refuses(setting, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         NALoRAConfig(**setting)
@@ -635,7 +639,7 @@ def test_config_refuses(setting, message):
 
 TOKENS, WIDTH, CHANNELS, RANK, ALPHA = 12, 4, 7, 2, 5
 LR, DECAY, BETA1, BETA2, EPS = 1e-2, 0.1, 0.9, 0.999, 1e-8
-DEFAULTS = dict(mask="derivative", keep=0.5, soft=False, scale="homogeneity", budget="raw", score="phi_prime", ema=0.9)
+DEFAULTS = dict(mask="derivative", keep=0.5, scale="homogeneity", budget="raw", score="phi_prime", ema=0.9)
 SHAPES = {"gate_proj": (WIDTH, CHANNELS), "up_proj": (WIDTH, CHANNELS), "down_proj": (CHANNELS, WIDTH)}
 
 # The oracle, without torch. `w` maps parameter names, those of the torch model, to arrays.
@@ -682,7 +686,7 @@ def decide(c, gates, stats):
             s["importance"][ch] = c["ema"] * s["importance"][ch] + (1 - c["ema"]) * sum(scores) / TOKENS
         s["k_hat"] = sum(v * silu(v)[3] * silu(v)[2] for v in z.flat) / sum(silu(v)[2] ** 2 for v in z.flat)
         s["occupancy"] = p = sum(v > 0 for v in z.flat) / z.size
-        if c["mask"] != "none" and not c["soft"]:
+        if c["mask"] != "none":
             order = sorted(range(CHANNELS), key=lambda ch: s["importance"][ch], reverse=c["mask"] == "derivative")
             s["mask"] = np.isin(range(CHANNELS), order[:int(np.ceil(c["keep"] * CHANNELS))])
         s["scale"] = 1.0 if c["scale"] == "none" or min(p, 1 - p) < 0.05 else 1 / min(max(s["k_hat"], 0.5), 2)
@@ -700,7 +704,7 @@ def oracle_step(c, w, moments, stats, t, x, target):
     for name, g in grads.items():
         s, step = stats[name[0]], adamw_step(w[name], g, moments[name], t)
         if name.endswith("gate_proj.lora_B"):
-            rows = s["importance"] / s["importance"].mean() if c["soft"] else s["mask"].astype(float)
+            rows = s["mask"].astype(float)
             step *= (rows / rows.mean() if c["budget"] == "neutral" else rows)[:, None]
         w[name] += s["scale"] * step
 
@@ -710,7 +714,7 @@ def oracle_step(c, w, moments, stats, t, x, target):
 
 @pytest.mark.parametrize("changes, bias, scales", [
     ({}, 0, []), ({"mask": "none"}, 0, []), ({"scale": "none"}, 0, [1]), ({"scale": "uniform"}, 0, []),
-    ({"budget": "neutral"}, 0, []), ({"mask": "inverted"}, 0, []), ({"soft": True}, 0, []), ({"score": "rho_prime"}, 0, []),
+    ({"budget": "neutral"}, 0, []), ({"mask": "inverted"}, 0, []), ({"score": "rho_prime"}, 0, []),
     ({}, -20, [1]), ({}, -1.3, [1, 2]), ({"scale": "uniform"}, -1.3, []), ({"budget": "neutral"}, -1.3, [])])
 def test_nalora_agrees_with_the_oracle(changes, bias, scales):
     """bias shifts FFN 0's gates: -20 leaves no two regimes; -1.3 does at times and has k_hat < 1/2 at others (`scales`)."""
@@ -1106,7 +1110,7 @@ def plain_result(base, tmp_path_factory):
 
 
 @pytest.mark.parametrize("flag", ["--seed 1", "--lr 0.01", "--batch-size 5", "--warmup 0.5", "--weight-decay 0.5", "--beta1 0.5", "--beta2 0.5", "--grad-clip 0.1",
-                                  "--train-size 8", "--rank 2", "--alpha 4", "--targets gate_proj up_proj", "--keep 0.2", "--ema 0", "--soft", "--score downstream", "--optimizer sgd", "--optimizer sgd --momentum 0.5", "--scale none",
+                                  "--train-size 8", "--rank 2", "--alpha 4", "--targets gate_proj up_proj", "--keep 0.2", "--ema 0", "--score downstream", "--optimizer sgd", "--optimizer sgd --momentum 0.5", "--scale none",
                                   "--scale uniform", "--mask random", "--mask inverted", "--budget neutral", "--score rho_prime", "--stride 3", "--dtype bfloat16",
                                   "--steps 5"])
 def test_every_flag_changes_the_adapter(base, tmp_path, plain_result, monkeypatch, flag):
@@ -1197,7 +1201,7 @@ def test_kill_9_and_resume_end_in_the_same_bits(base, tmp_path):
     ("--method lora --keep 0.5", "--keep has no effect with --method lora"), ("--method full --rank 4", "--rank has no effect"),
     ("--method pretrain --train-size 5", "--train-size has no effect"), ("--base nowhere", "nowhere/config.json cannot be read"), ("--steps 0", "--steps is 0"),
     ("--lr -1", "--lr is -1"), ("--data nowhere", "nowhere"), ("--scale uniform --budget neutral", "exactly 1"), ("--batch-size -2", "--batch-size is -2"),
-    ("--seed -1", "negative"), ("--warmup nan", "--warmup is nan"), ("--alpha 0", "--alpha is 0"), ("--threads 0", "--threads is 0"), ("--soft --keep 0.2", "--keep has no effect"),
+    ("--seed -1", "negative"), ("--warmup nan", "--warmup is nan"), ("--alpha 0", "--alpha is 0"), ("--threads 0", "--threads is 0"), ("--mask none --keep 0.2", "--keep has no effect"),
     ("--method random-mask --mask derivative", "--mask has no effect"), ("--method nalora-scale --score rho_prime", "--score has no effect"),
     ("--optimizer sgd --beta1 0.5", "--beta1 has no effect"), ("--momentum 0.5", "--momentum has no effect"), ("--optimizer sgd --momentum 1", "--momentum is 1"),
     ("--test-size -1", "--test-size is -1"), ("--method all --rank 0", "rank is 0"), ("--method all --targets q_proj", "No gated FFN"), ("--device mps", "--device mps is not available")])
@@ -1429,7 +1433,6 @@ def test_variants_of_a_sweep(base):
     variants = train_tiny.variants_of(args)
     assert list(variants) == ["lora", *(f"nalora-mask:score=rho_prime,keep={k}" for k in (0.05, 0.1, 0.25, 0.5))] and variants["lora"]["value"] is None
     config = train_tiny.configure(args, "nalora-mask:score=rho_prime,keep=0.1,targets=gate_proj+up_proj", lr=0.5, seed=3)
-    assert train_tiny.configure(args, "nalora:soft")["nalora"]["soft"] and not train_tiny.configure(args, "nalora:no-soft")["nalora"]["soft"]
     assert (config["nalora"]["score"], config["nalora"]["keep"], config["targets"], config["lr"], config["seed"]) == ("rho_prime", 0.1, ["gate_proj", "up_proj"], 0.5, 3)
 
 
@@ -1715,13 +1718,15 @@ if all(importlib.util.find_spec(name) for name in ("transformers", "peft", "acce
                 self.nalora = NALoRA(model, optimizer, NALoRAConfig(stride=1, keep=0.25))
                 if state.global_step:
                     flat, ffns = load_file(Path(args.output_dir) / f"checkpoint-{state.global_step}" / "nalora.safetensors"), {}
+                    steps = int(flat.pop("steps"))
                     for key, value in flat.items():
                         ffns.setdefault(key.rpartition("/")[0], {})[key.rpartition("/")[2]] = value
-                    self.nalora.load_state_dict({"config": asdict(self.nalora.config), "ffns": ffns})
+                    self.nalora.load_state_dict({"config": asdict(self.nalora.config), "steps": steps, "ffns": ffns})
 
             def on_save(self, args, state, control, **kwargs):
-                flat = {f"{name}/{key}": value for name, s in self.nalora.state_dict()["ffns"].items() for key, value in s.items()}
-                save_file(flat, Path(args.output_dir) / f"checkpoint-{state.global_step}" / "nalora.safetensors")
+                kept = self.nalora.state_dict()
+                flat = {f"{name}/{key}": value for name, s in kept["ffns"].items() for key, value in s.items()}
+                save_file({**flat, "steps": torch.tensor(kept["steps"])}, Path(args.output_dir) / f"checkpoint-{state.global_step}" / "nalora.safetensors")
 
         data = [{"input_ids": batch(i, (1, 15))[0][0], "labels": batch(i, (1, 15))[0][0]} for i in range(24)]
 

@@ -373,7 +373,8 @@ class Run:
         for i, slots in self.optimizer.state_dict()["state"].items():
             tensors.update({f"optimizer.{i}.{key}": value for key, value in slots.items() if value is not None})    # SGD's momentum 0
         if self.nalora:
-            tensors.update({f"nalora.{name}/{key}": v for name, s in self.nalora.state_dict()["ffns"].items() for key, v in s.items()})
+            state = self.nalora.state_dict()
+            tensors.update({f"nalora.{name}/{key}": v for name, s in state["ffns"].items() for key, v in s.items()}, steps=torch.tensor(state["steps"]))
         return {name: t.contiguous() for name, t in tensors.items()}
 
     def load_state(self, tensors):
@@ -382,7 +383,7 @@ class Run:
                 p.copy_(tensors[f"model.{name}"])
         slots, ffns = {}, {}
         for name, tensor in tensors.items():
-            kind, rest = name.split(".", 1)
+            kind, _, rest = name.partition(".")
             if kind == "optimizer":
                 i, key = rest.split(".")
                 slots.setdefault(int(i), {})[key] = tensor
@@ -391,7 +392,7 @@ class Run:
                 ffns.setdefault(ffn, {})[key] = tensor
         self.optimizer.load_state_dict({"state": slots, "param_groups": self.optimizer.state_dict()["param_groups"]})
         if self.nalora:
-            self.nalora.load_state_dict({"config": asdict(self.nalora.config), "ffns": ffns})
+            self.nalora.load_state_dict({"config": asdict(self.nalora.config), "steps": int(tensors["steps"]), "ffns": ffns})
 
 
 def layer_record(statistics_now, masks_before):
@@ -1318,9 +1319,7 @@ def command_line():
     add("--targets", nargs="+", help="names of linear layers (default: all seven of a block)")
     group = parser.add_argument_group("NA-LoRA methods (default: what the method says; see NALoRAConfig)")
     for field in fields(NALoRAConfig):
-        if field.name == "soft":
-            group.add_argument("--soft", action=argparse.BooleanOptionalAction, help="weight rows by importance and cut none")
-        elif field.name != "seed":
+        if field.name != "seed":
             choices = {"mask": ["derivative", "inverted", "random", "none"], "scale": ["homogeneity", "uniform", "none"],
                        "budget": ["raw", "neutral"], "score": ["phi_prime", "rho_prime", "downstream"]}.get(field.name)
             group.add_argument(f"--{field.name}", type=type(field.default), choices=choices, help=f"default: {field.default}")
@@ -1363,10 +1362,10 @@ def resolve(args, method):
         chosen = {f: getattr(args, f) for f in own if getattr(args, f) is not None}
         c = NALoRAConfig(**{**preset, "seed": args.seed, **chosen})
         ordered = c.mask in ("derivative", "inverted")
-        idle = {**dict.fromkeys(preset, True), "keep": c.soft or c.mask == "none", "score": not ordered, "ema": not ordered, "stride": not ordered and c.scale == "none"}
+        idle = {**dict.fromkeys(preset, True), "keep": c.mask == "none", "score": not ordered, "ema": not ordered, "stride": not ordered and c.scale == "none"}
         for name in chosen:
             if idle.get(name) and not several:
-                raise ValueError(f"--{name} has no effect with --method {method}, mask {c.mask!r}{' (soft)' * c.soft} and scale {c.scale!r}: leave it out.")
+                raise ValueError(f"--{name} has no effect with --method {method}, mask {c.mask!r} and scale {c.scale!r}: leave it out.")
         config["nalora"] = asdict(c)
     for name in ("steps", "batch_size", "eval_every", "grad_clip", "lr", "alpha", "train_size"):
         if config.get(name) is not None and not 0 < config[name] < math.inf:
