@@ -53,6 +53,7 @@ import math
 import os
 import warnings
 from collections import Counter
+from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -744,7 +745,7 @@ def load_adapter(model, directory):
     rank, alpha or base model are not this model's.
     """
     directory = Path(directory)
-    config, tensors = read_json(directory / "adapter_config.json"), read(directory / "adapter_model.safetensors", load_file)
+    config, tensors = read_json(directory / "adapter_config.json"), read_tensors(directory / "adapter_model.safetensors")
     more = [k for k in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out") if config.get(k)]
     if more or config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or not all(isinstance(config.get(k), (int, float)) for k in ("r", "lora_alpha")):
         raise ValueError(f"{directory} holds no plain LoRA adapter (see {more[0] if more else 'peft_type, bias, r, lora_alpha'} in adapter_config.json).")
@@ -775,14 +776,19 @@ def fingerprint(linears):
     return {name: linear.weight[0].detach().float().norm().item() for name, linear in linears.items()}
 
 def write_whole(path, save):
-    """Calls save(a temporary path) and renames the result to `path`: whatever happens, `path` is the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Calls save(a temporary path) and renames the result to `path`: whatever happens, `path` is the old file or the new one. OSError where
+    nothing can be written."""
     temporary = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)                                                   # it may be a link to something else
         save(temporary)
         os.replace(temporary, path)
+    except (OSError, SafetensorError) as e:
+        raise OSError(f"{path} cannot be written and is as it was before: {e}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 def write_json(path, value):
     write_whole(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
@@ -794,18 +800,26 @@ def read(path, parse):
     """parse(path), with a ValueError that names the file where it is missing, truncated or something else."""
     try:
         return parse(path)
-    except (OSError, ValueError, TypeError, SafetensorError) as e:
+    except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as e:
         raise ValueError(f"{path} cannot be read: {e}") from None
 
 def read_json(path):
     return read(path, lambda p: dict(json.loads(p.read_text(encoding="utf-8"))))
 
+def read_tensors(path):
+    """{name: tensor} of a safetensors file. ValueError also if one holds whole numbers, infinity or NaN: no weights do."""
+    tensors = read(path, load_file)
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ValueError(f"{path} cannot be used: {name} ({str(tensor.dtype).removeprefix('torch.')}) holds something else than finite floating-point numbers.")
+    return tensors
+
 def read_weights(directory):
     """All tensors of a checkpoint directory: model.safetensors, or else the shards that model.safetensors.index.json names."""
     index = directory / "model.safetensors.index.json"
     if (directory / "model.safetensors").exists() or not index.exists():
-        return read(directory / "model.safetensors", load_file)
-    shards = set(read_json(index).get("weight_map", {}).values())
-    if any(Path(shard).name != shard for shard in shards):
-        raise ValueError(f"{index} names a shard outside its own directory: it is not a checkpoint's index.")
-    return {key: tensor for shard in sorted(shards) for key, tensor in read(directory / shard, load_file).items()}
+        return read_tensors(directory / "model.safetensors")
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(shard, str) and Path(shard).name == shard for shard in shards.values()):
+        raise ValueError(f"{index} names no shards, or one outside its own directory: it is not a checkpoint's index.")
+    return {key: tensor for shard in sorted(set(shards.values())) for key, tensor in read_tensors(directory / shard).items()}

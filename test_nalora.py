@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import random
 import re
 import shlex
 import shutil
@@ -513,6 +514,96 @@ def test_sgd_and_low_precision_adapters():
             B = f"{name}.gate_proj.lora_B"
             same = (snapshot(model)[B] == before[B]).all(1)
             assert same[~s["mask"]].all() and not same[s["mask"]].all()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_shapes(seed):
+    """Odd sizes, rank 1 to full, one token, no problem at all, padding only, frozen parts, any setting: what must hold always."""
+    rng = random.Random(seed)
+    heads = rng.choice([1, 2, 3])
+    config = dict(hidden_size=heads * rng.choice([2, 4, 10]), intermediate_size=rng.randrange(1, 40), num_hidden_layers=rng.randrange(1, 4), num_attention_heads=heads,
+                  num_key_value_heads=1, head_dim=rng.choice([2, 6]), hidden_act=rng.choice(list(ACTIVATIONS)), vocab_size=rng.randrange(2, 30), tie_word_embeddings=rng.random() < 0.5)
+    model = small_llama(seed, **config)
+    targets = [*FFN[:rng.randrange(1, 4)], *rng.sample(["q_proj", "v_proj", "o_proj"], rng.randrange(3))]
+    smallest = min(min(m.weight.shape) for name, m in model.named_modules() if name.split(".")[-1] in targets)
+    inject_lora(model, targets, rng.randrange(1, smallest + 1), rng.choice([1, 7.5, 16]))
+    mask, scale = rng.choice(["derivative", "inverted", "random", "none"]), rng.choice(["homogeneity", "uniform", "none"])
+    settings = NALoRAConfig(mask=mask, keep=rng.uniform(0.01, 1), scale=scale, budget="raw" if scale == "uniform" else rng.choice(["raw", "neutral"]),
+                            score=rng.choice(["phi_prime", "rho_prime", "downstream"]), ema=rng.choice([0, 0.9]), stride=rng.choice([1, 2, 17, 1000]), seed=seed)
+    model, opt, tool = start(settings, model, rng.choice([torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad]))
+    for step in range(4):
+        tokens, targets = batch(step, (rng.choice([1, 1, 3]), rng.choice([1, 2, 9])), config["vocab_size"])
+        tool.token_mask = rng.choice([None, torch.ones_like(tokens), torch.zeros_like(tokens), torch.rand(tokens.shape) < 0.5])
+        before = snapshot(model)
+        (model(tokens, targets)[1] * rng.choice([1, 1, 0])).backward()                      # at times every gradient is zero
+        if rng.random() < 0.2:
+            tool.token_mask = None
+            model(tokens[:0])[0].sum().backward()                                           # a microbatch of nothing
+        opt.step(), opt.zero_grad()
+        for name, s in tool.statistics().items():
+            moved = (snapshot(model)[f"{name}.gate_proj.lora_B"] != before[f"{name}.gate_proj.lora_B"]).any(1)
+            assert not (moved & ~s["mask"]).any() and s["importance"].isfinite().all() and 1e-6 < s["scale"] < 1e6
+            width = len(s["mask"])                                  # until something is observed every row moves
+            assert s["mask"].sum().item() in ({width} if mask == "none" else {math.ceil(settings.keep * width - 1e-9), width})
+    assert all(p.isfinite().all() for p in model.parameters())
+    with torch.no_grad():
+        adapted = model(tokens)[0]
+        merge_lora(model)
+        torch.testing.assert_close(model(tokens)[0], adapted, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
+def test_autocast(dtype, tolerance):
+    losses, statistics = [], []
+    for enabled in (False, True):
+        model, opt, tool = start(NALoRAConfig(stride=1))
+        for i in range(8):
+            with torch.autocast("cpu", dtype, enabled=enabled):
+                loss = model(*batch(i))[1]
+            loss.backward(), opt.step(), opt.zero_grad()
+        losses.append(loss.item())
+        statistics.append(tool.statistics())
+    assert losses[0] == pytest.approx(losses[1], rel=tolerance)
+    for a, b in zip(*(s.values() for s in statistics)):
+        assert b["importance"].dtype == torch.float32 and a["k_hat"] == pytest.approx(b["k_hat"], rel=tolerance)
+        torch.testing.assert_close(a["importance"], b["importance"], atol=tolerance, rtol=tolerance)
+
+
+def test_gates_that_are_all_zero():
+    model = lora_llama()
+    model.model.layers[0].mlp.gate_proj.base_layer.weight.data.zero_()
+    opt = torch.optim.AdamW(lora_parameters(model), lr=1e-2)        # lora_B = 0, so the gates of layer 0 stay 0 in the first step
+    tool = NALoRA(model, opt, NALoRAConfig(stride=1))
+    take_step(model, opt, 0)
+    s = tool.statistics()["model.layers.0.mlp"]
+    assert (s["k_hat"], s["occupancy"], s["scale"]) == (1, 0, 1) and s["importance"].tolist() == pytest.approx([0.05] * 48)     # (1 - ema) phi'(0)
+    assert math.isfinite(take_step(model, opt, 1))
+
+
+def test_a_float64_model_trains():
+    model, opt, tool = start(NALoRAConfig(), lora_llama().double())
+    take_step(model, opt, 0), take_step(model, opt, 1)
+    assert all(s["importance"].dtype == torch.float64 for s in tool.statistics().values())
+    base = small_llama().double()                                   # and so it does with its adapters in float32
+    inject_lora(base, FFN, 4, 8)
+    opt = torch.optim.AdamW(lora_parameters(base))
+    tool = NALoRA(base, opt)
+    take_step(base, opt, 0)
+    assert all(s["importance"].dtype == torch.float32 and s["mask"].sum() == 24 for s in tool.statistics().values())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_on_a_gpu_waits_for_nothing():
+    model = lora_llama().cuda()
+    opt = torch.optim.AdamW(lora_parameters(model), fused=True)
+    NALoRA(model, opt)
+    tokens, targets = (t.cuda() for t in batch(0))
+    for step in range(3):
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            model(tokens)[0].sum().backward(), opt.step(), opt.zero_grad()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def ddp_rank(rank, world, port, path, stride):
@@ -1062,7 +1153,7 @@ def arguments(base, out, method="nalora", *more):
 
 def result(out):
     """What a run leaves behind and what must not depend on interruptions: file name -> bytes."""
-    files = [p for p in sorted(out.rglob("*")) if p.is_file() and p.name != "summary.json"]
+    files = [p for p in sorted(out.rglob("*")) if p.is_file() and p.name != "summary.json" and not p.name.startswith(".tmp")]    # of safetensors, killed
     return {str(p.relative_to(out)): p.read_bytes() for p in files}
 
 
@@ -1166,30 +1257,106 @@ def test_torchrun_trains_the_same_on_two_ranks_and_resumes(base, tmp_path, capsy
     assert refused.returncode and refused.stderr.count("cannot be shared evenly by 2 ranks") == 1 and not (tmp_path / "odd").exists()
 
 
-def test_kill_9_and_resume_end_in_the_same_bits(base, tmp_path):
-    command = arguments(base, tmp_path / "cut", "nalora", "--steps", "3000")
-    process = subprocess.Popen([sys.executable, str(HERE / "train_tiny.py"), *command], stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "cut" / "metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.3)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    steps = len((tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()) * 2 + 20
-    assert steps < 3000
-    for config in ("cut", "whole"):                                 # the learning rate depends on --steps, so it stays 3000: stop both at `steps`
-        original = train_tiny.Run.train_step
+MORTAL = """import os, signal, sys, threading, train_tiny
+threading.Timer(float(sys.argv[1]), os.kill, (os.getpid(), signal.SIGKILL)).start()
+code = train_tiny.main(sys.argv[2:])
+os._exit(code)"""
+KILLS = int(os.environ.get("NALORA_KILLS", 3))                      # 30 before a release
 
-        def until(self, step):
-            if step == steps:
-                raise KeyboardInterrupt
-            return original(self, step)
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train_tiny.Run, "train_step", until)
-            resume = ["--resume"] if config == "cut" else []
-            assert train_tiny.main(arguments(base, tmp_path / config, "nalora", "--steps", "3000", *resume)) == 130
+@pytest.mark.parametrize("method", ["lora", "nalora"] if "NALORA_KILLS" in os.environ else ["nalora"])
+def test_kill_9_at_random_moments_and_resume_end_in_the_same_bits(base, tmp_path, method):
+    flags = ["--steps", "60", "--eval-every", "1", "--test-size", "2"]
+    assert train_tiny.main(arguments(base, tmp_path / "whole", method, *flags)) == 0
+    whole, longest, stages = result(tmp_path / "whole"), 6.0, []
+    while len(stages) < KILLS:
+        out = tmp_path / f"cut{len(stages)}"
+        command = arguments(base, out, method, *flags)
+        started, moment = time.monotonic(), random.uniform(0, longest)
+        code = subprocess.run([sys.executable, "-c", MORTAL, str(moment), *command], cwd=HERE, capture_output=True).returncode
+        if code == 0:                                               # it was faster than the moment
+            longest = moment
+            shutil.rmtree(out)
+            continue
+        assert code == -signal.SIGKILL, time.monotonic() - started
+        stages.append(sorted(p.name for p in out.rglob("*")) if out.exists() else [])
+        assert train_tiny.main([*command, "--resume"]) == 0
+        assert result(out) == whole, stages[-1]
+    assert any("checkpoint.safetensors" in stage for stage in stages) or KILLS < 10
+
+
+@pytest.mark.parametrize("name", ["config.json", "checkpoint.safetensors", "metrics.jsonl", "adapter_model.safetensors", "nalora.json", "loss.png", "summary.json"])
+@pytest.mark.parametrize("moment", ["before the write", "before the rename"])
+def test_a_death_while_a_file_is_written_costs_nothing(base, tmp_path, monkeypatch, name, moment):
+    class Death(BaseException):
+        """Nothing catches it, as nothing catches kill -9."""
+
+    def dying(path, save, write=nalora.write_whole):
+        if path.name != name or path.parent.name == "whole":
+            return write(path, save)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(path.with_name(path.name + ".tmp")) if moment == "before the rename" else path.with_name(path.name + ".tmp").write_bytes(b"half")
+        raise Death
+
+    assert train_tiny.main(arguments(base, tmp_path / "whole")) == 0
+    for module in (nalora, train_tiny):
+        monkeypatch.setattr(module, "write_whole", dying)
+    with pytest.raises(Death):
+        train_tiny.main(arguments(base, tmp_path / "cut"))
+    monkeypatch.undo()
+    assert train_tiny.main(arguments(base, tmp_path / "cut", "nalora", "--resume")) == 0
     assert result(tmp_path / "cut") == result(tmp_path / "whole")
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="the limit on a file's size that stands for a full disk is Unix's")
+def test_a_full_disk_keeps_the_last_good_checkpoint_and_says_so(base, tmp_path, monkeypatch, capsys):
+    import resource
+    assert train_tiny.main(arguments(base, tmp_path / "whole")) == 0
+    original = train_tiny.Run.train_step
+
+    def full_from_step_4(self, step):
+        if step == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+        return original(self, step)
+
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_tiny.Run, "train_step", full_from_step_4)
+        try:
+            code = train_tiny.main(arguments(base, tmp_path / "cut"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    error = capsys.readouterr().err
+    assert code == 2 and "checkpoint.safetensors cannot be written and is as it was before" in error and error.count("\n") == 1
+    assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == ["checkpoint.safetensors", "config.json", "metrics.jsonl"]
+    assert train_tiny.main(arguments(base, tmp_path / "cut", "nalora", "--resume")) == 0
+    assert result(tmp_path / "cut") == result(tmp_path / "whole")
+
+
+def test_output_that_cannot_be_written_is_said_in_one_sentence(base, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "elsewhere").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        assert train_tiny.main(arguments(base, out)) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and str(tmp_path / "file") in error
+    (tmp_path / "run" / "checkpoint.safetensors").mkdir(parents=True)
+    assert train_tiny.main(arguments(base, tmp_path / "run", "nalora", "--resume")) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    (tmp_path / "run" / "checkpoint.safetensors").rmdir()
+    (tmp_path / "run" / "config.json").unlink()
+    for name in ("config.json", "config.json.tmp", "checkpoint.safetensors.tmp"):           # links that lead out of --out are replaced, not followed
+        (tmp_path / "run" / name).symlink_to(tmp_path / "elsewhere" if name.endswith("tmp") else tmp_path / "nowhere")
+    assert train_tiny.main(arguments(base, tmp_path / "run", "nalora", "--resume")) == 0
+    assert (tmp_path / "elsewhere").read_text() == "mine" and (tmp_path / "file").read_text() == "mine" and not (tmp_path / "nowhere").exists()
+
+
+def test_another_number_of_threads_is_refused_with_its_reason(base, tmp_path, capsys):
+    assert train_tiny.main(arguments(base, tmp_path / "run")) == 0
+    (tmp_path / "run" / "summary.json").unlink()
+    assert train_tiny.main([*arguments(base, tmp_path / "run", "nalora", "--resume"), "--threads", "2"]) == 2
+    assert "was trained with 1 threads, now there are 2" in capsys.readouterr().err
+    assert train_tiny.main(arguments(base, tmp_path / "run", "nalora", "--resume")) == 0
 
 
 # ---- bad input on the command line: one sentence, exit code 2, nothing written ------------------------------------------------------------
@@ -1212,6 +1379,93 @@ def test_bad_flags(base, tmp_path, capsys, flags, message):
     assert train_tiny.main([*given, *flags.split()]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def spoiled(whole):
+    """(what was done, content): a file cut at every sixteenth, with flipped bits, and replaced by something else."""
+    rng = random.Random(0)
+    for part in range(16):
+        yield "cut", whole[:len(whole) * part // 16]
+    for i in [rng.randrange(min(len(whole), 2000)) for _ in range(24)] + [rng.randrange(len(whole)) for _ in range(8)]:
+        yield "flipped", whole[:i] + bytes([whole[i] ^ 1 << rng.randrange(8)]) + whole[i + 1:]
+    for content in (rng.randbytes(500), b"\x00" * 64, b"[1, 2]", b"null", b"7", b'"a"', b"[" * 100_000, b"{}", (2**60).to_bytes(8, "little") + b"{}",
+                    b'{"a": NaN}', "\ufeff{}".encode("utf-16"), (2).to_bytes(8, "little") + b"{}"):
+        yield "foreign", content
+
+
+def readers(folder, base):
+    """{file: a function that reads it}: all that this program opens."""
+    run, adapter = folder / "run", lambda: load_adapter(small_llama(), folder / "adapter")
+    config = json.loads((run / "config.json").read_text())
+    return {"adapter/adapter_model.safetensors": adapter, "adapter/adapter_config.json": adapter, "adapter/nalora.json": adapter,
+            "base/model.safetensors": lambda: Llama.from_pretrained(folder / "base"), "base/config.json": lambda: Llama.from_pretrained(folder / "base"),
+            "base/model.safetensors.index.json": lambda: Llama.from_pretrained(folder / "base"),
+            "data/tokenizer.tiktoken": lambda: train_tiny.load_tokenizer(folder / "data"), "data/train.jsonl": lambda: train_tiny.read_problems(folder / "data" / "train.jsonl"),
+            "run/checkpoint.safetensors": lambda: train_tiny.prepare(config, run, True), "run/config.json": lambda: train_tiny.load_checkpoint(run, config)}
+
+
+FILES = ["adapter/adapter_model.safetensors", "adapter/adapter_config.json", "adapter/nalora.json", "base/model.safetensors", "base/config.json",
+         "base/model.safetensors.index.json", "data/tokenizer.tiktoken", "data/train.jsonl", "run/checkpoint.safetensors", "run/config.json"]
+
+
+@pytest.fixture(scope="session")
+def intact(base, tmp_path_factory):
+    """One of every file that can be spoiled."""
+    folder = tmp_path_factory.mktemp("intact")
+    save_adapter(trained_lora(), folder / "adapter")
+    small_llama().save_pretrained(folder / "base")
+    shutil.copytree(HERE / "data", folder / "data", ignore=shutil.ignore_patterns("base", "*.py", "__pycache__"))
+    assert train_tiny.main(arguments(base, folder / "run")) == 0
+    return folder
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_spoiled_file_is_refused_with_a_sentence_or_read_whole(intact, base, tmp_path, file):
+    folder = tmp_path / "copy"
+    shutil.copytree(intact, folder)
+    if file.endswith("index.json"):
+        (folder / "base" / "model.safetensors").rename(folder / "base" / "part.safetensors")
+        (folder / file).write_text(json.dumps({"weight_map": dict.fromkeys(load_file(folder / "base" / "part.safetensors"), "part.safetensors")}))
+    read, path = readers(folder, base)[file], folder / file
+    whole = path.read_bytes()
+    read()
+    before, refused = result(folder), 0
+    for kind, content in spoiled(whole):
+        path.write_bytes(content)
+        try:
+            read()
+            assert kind != "cut" or file.startswith("data/") or content == b"", len(content)
+        except ValueError as e:
+            refused += 1
+            assert "\n" not in str(e)
+    assert refused > 20
+    path.unlink()
+    for spoil in (path.mkdir, lambda: (path.rmdir(), path.symlink_to("/dev/null")), lambda: (path.unlink(), path.symlink_to(path))):
+        spoil()
+        if path.is_symlink() and not path.exists() and (file.startswith("run") or file.endswith("nalora.json")):
+            continue                                                # files that need not be there, and a circle of links is none
+        with pytest.raises(ValueError, match="cannot be read|holds no|no readable|lacks|as a tokenizer|no plain LoRA|names no shards"):
+            read()
+    path.unlink()
+    path.write_bytes(whole)
+    assert result(folder) == before                                 # reading writes nothing
+    read()
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda t, k: {**t, k: t[k].int()}, "int32"), (lambda t, k: {**t, k: t[k] * math.nan}, "finite"), (lambda t, k: {**t, k: t[k] / 0}, "finite"),
+    (lambda t, k: {**t, k: t[k].bool()}, "bool"), (lambda t, k: {**t, k.replace("layers.0", "layers.0/../.."): t[k].clone()}, "layers|does not fit|other module"),
+    (lambda t, k: {**t, "/etc/passwd": t[k].clone()}, "passwd|does not fit"), (lambda t, k: {**t, k: t[k][:1]}, "expected|does not fit"), (lambda t, k: {}, "missing|does not fit"),
+    (lambda t, k: {**t, k: t[k][None]}, "expected|does not fit")])
+@pytest.mark.parametrize("file", ["adapter/adapter_model.safetensors", "base/model.safetensors"])
+def test_weights_that_are_not_weights_are_refused(intact, tmp_path, file, spoil, message):
+    shutil.copytree(intact, tmp_path / "copy")
+    path, model = tmp_path / "copy" / file, small_llama()
+    tensors = load_file(path)
+    save_file(spoil(tensors, next(k for k in tensors if "layers.0.mlp.gate_proj" in k)), path)
+    with pytest.raises(ValueError, match=message):
+        load_adapter(model, path.parent) if "adapter" in file else Llama.from_pretrained(path.parent)
+    assert not any(isinstance(m, LoRALinear) for m in model.modules())
 
 
 def test_help_and_unknown_choices(capsys):

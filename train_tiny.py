@@ -12,6 +12,7 @@ import concurrent.futures
 import contextlib
 import copy
 import csv
+import importlib.util
 import io
 import itertools
 import json
@@ -23,10 +24,12 @@ import re
 import shutil
 import signal
 import statistics
+import subprocess
 import sys
 import threading
 import time
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +38,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 
 from nalora import (ACTIVATIONS, Llama, LlamaConfig, NALoRA, NALoRAConfig, effective_homogeneity, homogeneity, inject_lora, is_gated_ffn,
-                    load_adapter, merge_lora, read_json, save_adapter, selection_entropy, selection_misalignment, selection_weight,
+                    load_adapter, lora_parameters, merge_lora, read_json, save_adapter, selection_entropy, selection_misalignment, selection_weight,
                     value_and_slope, write_json, write_whole)
 
 ROOT = Path(os.path.relpath(Path(__file__).resolve().parent))
@@ -114,7 +118,7 @@ def read_problems(path, answers=True):
             p = json.loads(line)
             if not (isinstance(p["prompt"], str) and isinstance(p["completion"], str) and isinstance(p["answer"] if answers else p.get("answer", 0), int)):
                 raise ValueError("prompt and completion must be texts, answer a whole number")
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
             raise ValueError(f"{path}, line {number}: no problem with prompt, completion and answer ({e}).") from None
         problems.append(p)
     if not problems:
@@ -378,14 +382,20 @@ class Run:
         return {name: t.contiguous() for name, t in tensors.items()}
 
     def load_state(self, tensors):
-        with torch.no_grad():
-            for name, p in self.trainable.items():
-                p.copy_(tensors[f"model.{name}"])
-        slots, ffns = {}, {}
+        """Takes over what `state` gave. Raises if a tensor is missing, misshapen or not finite."""
+        slots, ffns, held = {}, {}, [p for group in self.optimizer.param_groups for p in group["params"]]
+        for name, p in self.trainable.items():
+            if tensors[f"model.{name}"].shape != p.shape:
+                raise ValueError(f"{name} has another shape")
+        for name, tensor in tensors.items():
+            if not name.startswith("nalora.") and not tensor.isfinite().all():              # k_hat is NaN until something is observed
+                raise ValueError(f"{name} is not finite")
         for name, tensor in tensors.items():
             kind, _, rest = name.partition(".")
             if kind == "optimizer":
                 i, key = rest.split(".")
+                if tensor.dim() and tensor.shape != held[int(i)].shape:
+                    raise ValueError(f"{name} has another shape")
                 slots.setdefault(int(i), {})[key] = tensor
             if kind == "nalora":
                 ffn, key = rest.split("/")
@@ -393,6 +403,9 @@ class Run:
         self.optimizer.load_state_dict({"state": slots, "param_groups": self.optimizer.state_dict()["param_groups"]})
         if self.nalora:
             self.nalora.load_state_dict({"config": asdict(self.nalora.config), "steps": int(tensors["steps"]), "ffns": ffns})
+        with torch.no_grad():
+            for name, p in self.trainable.items():
+                p.copy_(tensors[f"model.{name}"])
 
 
 def layer_record(statistics_now, masks_before):
@@ -407,7 +420,6 @@ def train(run, out, state=None):
     """Trains to the last step and writes checkpoint.safetensors and metrics.jsonl in `out` at every record. Returns (records, times)."""
     config, records, step, times = run.config, [], 0, []
     if state:
-        run.load_state(state["tensors"])
         records, step = state["records"], state["step"]
     masks = {name: s["mask"] for name, s in run.nalora.statistics().items()} if run.nalora and records else None
     losses, seen, began = [], 0, time.perf_counter()
@@ -460,10 +472,13 @@ def load_checkpoint(out, config):
         try:
             with safe_open(path, "pt") as f:
                 state = {**json.loads(f.metadata()["run"]), "tensors": {key: f.get_tensor(key) for key in f.keys()}}
-            saved_config = state["config"]
+            saved_config, _, _ = state["config"], state["step"], state["records"]
         except Exception as e:                                      # safetensors raises several kinds; all mean the same here
             raise ValueError(f"{path} is no readable checkpoint of this program: {e}") from None
     differ = sorted(k for k in {*saved_config, *config} if saved_config.get(k) != config.get(k))
+    if differ == ["threads"]:
+        raise ValueError(f"{out} was trained with {saved_config['threads']} threads, now there are {config['threads']}: sums would be rounded in another order and the "
+                         f"result would not be the uninterrupted run's bit for bit. Add --threads {saved_config['threads']}.")
     if differ:
         k = differ[0]
         raise ValueError(f"{out} holds a run with {k} = {saved_config.get(k)!r}, not {config.get(k)!r}: resume it with its own settings, or choose another --out.")
@@ -474,7 +489,13 @@ def prepare(config, out, resume):
     """(Run, state to resume from or None). All that can be wrong with a run is found here, before anything is written."""
     if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} already holds a run: add --resume to go on with it, or choose another --out.")
-    return Run(config), load_checkpoint(out, config) if resume else None
+    run, state = Run(config), load_checkpoint(out, config) if resume else None
+    if state:
+        try:
+            run.load_state(state["tensors"])
+        except Exception as e:                                      # missing, misshapen, not finite: many kinds, and all mean the same here
+            raise ValueError(f"{out / 'checkpoint.safetensors'} is no checkpoint of this run: {e}") from None
+    return run, state
 
 
 def execute(config, out, resume):
@@ -1045,12 +1066,13 @@ def draw_layers(records, path):
     figure, axes = new_figure(len(kinds), width=14)
     steps = [r["step"] for r in records]
     for ax, (kind, label) in zip(axes, kinds.items()):
-        for i, name in enumerate(records[0]["layers"]):
-            ax.plot(steps, [math.nan if r["layers"][name][kind] is None else r["layers"][name][kind] for r in records], ".-", color=COLOURS[i % len(COLOURS)], label=f"layer {i}")
+        for i, (name, colour) in enumerate(zip(records[0]["layers"], figure_colours(len(records[0]["layers"])))):
+            ax.plot(steps, [math.nan if r["layers"][name][kind] is None else r["layers"][name][kind] for r in records], ".-", color=colour, label=f"layer {i}")
         ax.set(xlabel="step", ylabel=label)
         if kind in ("density", "turnover"):
             ax.set_ylim(0, 1)
-    axes[0].legend(frameon=False)
+    layers = len(records[0]["layers"])
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, ncols=1 + layers // 16, fontsize=7 if layers > 8 else 9)
     save_figure(figure, path)
 
 
@@ -1265,6 +1287,176 @@ def trace(config):
     return {"importance": importance, "travel": {name: t.numpy() for name, t in travel.items()}, "steps": config["steps"]}
 
 
+# ---- the benchmark ----------------------------------------------------------------------------------------------------------------
+
+
+class PeftRun:
+    """The same base, adapter shape, batches, targets and optimizer by transformers and PEFT: what a step is measured against."""
+
+    def __init__(self, config, **flags):
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+        ours = Run({**config, "method": "lora"})
+        self.config, self.batches, self.device, self.autocast = ours.config, ours.batches, ours.device, ours.autocast
+        torch.manual_seed(config["seed"])
+        model = AutoModelForCausalLM.from_pretrained(config["base"], dtype=torch.float32).to(self.device).train()
+        self.model = get_peft_model(model, LoraConfig(r=config["rank"], lora_alpha=config["alpha"], target_modules=config["targets"], **flags))
+        self.trainable = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trainable, config["lr"], weight_decay=config["weight_decay"], fused=True)
+
+    def train_step(self, step):
+        tokens, targets, _ = (t.to(self.device) for t in self.batches(step))
+        with self.autocast:
+            loss = self.model(input_ids=tokens, labels=targets, shift_labels=targets).loss         # padding stands on the right: no mask is needed
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trainable, self.config["grad_clip"])
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return loss.item(), tokens.numel()
+
+
+def contestants(args):
+    """{name: a function that makes the run}, PEFT's where transformers and peft are installed."""
+    configs = {method: resolve(args, method) for method in ("full", "lora", "nalora")}
+    makers, config = {method: partial(Run, config) for method, config in configs.items()}, configs["lora"]
+    if all(map(importlib.util.find_spec, ("transformers", "peft"))):
+        makers |= {"PEFT LoRA": partial(PeftRun, config), "PEFT DoRA": partial(PeftRun, config, use_dora=True)}
+    return makers
+
+
+def peak_of_process(make, steps=3):
+    """Peak memory in MB of a process that does nothing but make a run and train it for a few steps."""
+    run = make()
+    reset_peak_memory(run.device)
+    for step in range(steps):
+        run.train_step(step)
+    return peak_memory_mb(run.device)
+
+
+def in_new_process(function, *args):
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), follow_parent) as pool:
+        return pool.submit(function, *args).result()
+
+
+def timed(function, *args):
+    start = time.perf_counter()
+    value = function(*args)
+    return time.perf_counter() - start, value
+
+
+def in_alternation(makers, rounds):
+    """{name: [(seconds of a step, loss, tokens), ...]}: every round all take the same batch in turn, forwards or backwards by
+    turns. The first three rounds warm up."""
+    runs, steps = {name: make() for name, make in makers.items()}, {name: [] for name in makers}
+    for step in range(rounds + 3):
+        for name in list(runs)[::1 if step % 2 else -1]:
+            seconds, (loss, tokens) = timed(runs[name].train_step, step)
+            steps[name].append((seconds, loss, tokens))
+    return steps
+
+
+def matmul_peak(device, dtype, size=2048):
+    """FLOP/s of the fastest of ten products of two square matrices."""
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    return 2 * size**3 / min(timed(lambda: (a @ a, synchronize()))[0] for _ in range(10))
+
+
+def flops_of_a_step(run):
+    with FlopCounterMode(display=False) as counter:
+        run.train_step(0)
+    return counter.get_total_flops()
+
+
+def where_time_goes(run, steps=5):
+    """{operation: share of the time of a step}, the ten largest, by PyTorch's profiler."""
+    for step in range(3):
+        run.train_step(step)
+    with torch.profiler.profile() as profile:
+        for step in range(3, 3 + steps):
+            run.train_step(step)
+    spent = {event.key: event.self_cpu_time_total + getattr(event, "self_device_time_total", 0) for event in profile.key_averages()}
+    total = sum(spent.values())
+    return {name: spent[name] / total for name in sorted(spent, key=spent.get, reverse=True)[:10]}
+
+
+def sized_run(layers, windows, with_nalora):
+    """(a function that trains one step, its tokens): TINY with random weights and another depth, on `windows` windows of 64 tokens."""
+    torch.manual_seed(0)
+    model = Llama(LlamaConfig(vocab_size=640, **{**TINY, "num_hidden_layers": layers}))
+    inject_lora(model, ALL_LINEAR)
+    optimizer = torch.optim.AdamW(lora_parameters(model), fused=True)
+    if with_nalora:
+        NALoRA(model, optimizer)
+    text = torch.randint(640, (windows, 65))
+
+    def step():
+        model(text[:, :-1], text[:, 1:])[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return step
+
+
+def step_of_size(layers, windows, rounds):
+    """{"lora", "nalora": median ms of a step} in alternation on the CPU."""
+    steps = {"lora": sized_run(layers, windows, False), "nalora": sized_run(layers, windows, True)}
+    taken = [{name: timed(step)[0] for name, step in steps.items()} for _ in range(rounds + 3)][3:]
+    return {name: 1000 * statistics.median(t[name] for t in taken) for name in steps}
+
+
+def bench(args):
+    """Measures and writes bench.json and bench.md to args.results."""
+    rounds, makers, config = given(args.steps, 40), contestants(args), resolve(args, "lora")
+    first = makers["lora"]()                                        # all that can be wrong is found before anything is written
+    print(f"{rounds} rounds of {', '.join(makers)} in alternation", flush=True)
+    steps, rows = in_alternation(makers, rounds), []
+    peak = matmul_peak(first.device, torch.bfloat16 if config["dtype"] == "bfloat16" else torch.float32)
+    for name, taken in steps.items():
+        print(f"memory and operations of {name}", flush=True)
+        first_loss, taken, flops = taken[0][1], taken[3:], flops_of_a_step(makers[name]()) / taken[0][2]                       # flops per token
+        rows.append({"name": name, "step_ms": quartiles([1000 * s for s, _, _ in taken]),
+                     "ratio": quartiles([ours / lora for (ours, _, _), (lora, _, _) in zip(taken, steps["lora"][3:])]),
+                     "tokens_per_second": statistics.median(tokens / s for s, _, tokens in taken), "first_loss": first_loss,
+                     "peak_memory_mb": statistics.median(in_new_process(peak_of_process, makers[name]) for _ in range(3)),
+                     "share_of_matmul_peak": statistics.median(flops * tokens / s for s, _, tokens in taken) / peak})
+    print("where the time goes, sizes, start", flush=True)
+    sizes = [(layers, 16) for layers in (2, 4, 8)] + [(4, windows) for windows in (8, 32)]
+    start = [sys.executable, "-c", "import sys, nalora; nalora.Llama.from_pretrained(sys.argv[1])", Path(config["base"]).resolve()]
+    result = rounded({"configuration": config, "rounds": rounds, "machine": machine(), "rows": rows, "matmul_peak": peak,
+                      "profile": {name: where_time_goes(makers[name]()) for name in ("lora", "nalora")},
+                      "sizes": [{"layers": layers, "windows": windows, **step_of_size(layers, windows, rounds)} for layers, windows in sizes],
+                      "start_seconds": quartiles([timed(partial(subprocess.run, start, cwd=Path(__file__).resolve().parent, check=True))[0] for _ in range(5)]),
+                      "problems": len(first.problems),
+                      "generation_seconds": timed(exact_match, first.model.eval(), first.tokenizer, first.problems, first.max_new)[0] if first.problems else None})
+    write_json(args.results / "bench.json", result)
+    text = "\n\n".join(bench_tables(read_json(args.results / "bench.json")).values()) + "\n"
+    write_whole(args.results / "bench.md", lambda path: path.write_text(text, encoding="utf-8"))
+    print(f"\n{text}\nwritten to {args.results}")
+
+
+def quartiles(values):
+    return statistics.quantiles(values, n=4)
+
+
+def bench_tables(b):
+    """{"steps", "sizes", "profile": Markdown} from bench.json alone."""
+    c, m = b["configuration"], b["machine"]
+    spread = lambda q, digits: f"{q[1]:.{digits}f} ({q[0]:.{digits}f} to {q[2]:.{digits}f})"
+    steps = markdown_table(["", "ms a step", "time / LoRA's", "tokens/s", "peak memory (MB)", "share of matmul peak", "first loss"], [
+        [r["name"], spread(r["step_ms"], 1), spread(r["ratio"], 2), f"{r['tokens_per_second']:,.0f}", f"{r['peak_memory_mb']:,.0f}",
+         f"{r['share_of_matmul_peak']:.0%}", f"{r['first_loss']:.4f}"] for r in b["rows"]])
+    about = (f"Base {c['base']}, {c['batch_size']} problems a step, rank {c['rank']}, {c['dtype']}, {c['threads']} threads, {b['rounds']} rounds; medians (and quartiles). "
+             f"A matrix product reaches {b['matmul_peak'] / 1e9:,.0f} GFLOP/s. {m['cores']} cores of {m['processor']}, Python {m['python']}, PyTorch {m['torch']}. "
+             f"Starting Python, importing nalora and loading the base takes {spread(b['start_seconds'], 1)} s"
+             + (f"; {b['problems']} problems are answered in {b['generation_seconds']:.1f} s." if b["generation_seconds"] else "."))
+    sizes = markdown_table(["layers", "tokens a step", "LoRA (ms)", "NA-LoRA (ms)", "ratio"], [
+        [s["layers"], 64 * s["windows"], f"{s['lora']:.1f}", f"{s['nalora']:.1f}", f"{s['nalora'] / s['lora']:.2f}"] for s in b["sizes"]])
+    profile = markdown_table(["LoRA", "", "NA-LoRA", ""], [[f"`{x}`", f"{p:.1%}", f"`{y}`", f"{q:.1%}"] for (x, p), (y, q) in zip(*(b["profile"][k].items() for k in ("lora", "nalora")))])
+    return {"steps": f"{about}\n\n{steps}", "sizes": sizes, "profile": profile}
+
+
 # ---- the command line -------------------------------------------------------------------------------------------------------------
 
 
@@ -1275,6 +1467,7 @@ def command_line():
     add("--out", type=Path, help="folder of results (default: runs/METHOD)")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--sample", nargs="?", const="", metavar="PROMPT", help="answer PROMPT (or three test problems) with the trained run in --out, and exit")
+    add("--bench", action="store_true", help="time a training step of full, lora, nalora and, where installed, PEFT's LoRA and DoRA (--steps: rounds, default 40), and exit")
     add("--draw-activations", type=Path, metavar="PNG", help="draw the README's figure of phi, rho, phi' and kappa, and exit")
     add("--seed", type=int, default=0, help="of initialisation, data order and the random mask (default: %(default)s)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: %(default)s")
@@ -1333,7 +1526,7 @@ def given(value, default):
 def resolve(args, method):
     """The complete configuration of one run, as JSON-able values. ValueError on a value or a flag that the method has no use for."""
     pretrain, adapts, sgd, preset = method == "pretrain", method not in ("pretrain", "full"), args.optimizer == "sgd", METHODS[method]
-    several = args.method == "all" or args.compare                  # methods: then a flag may be meant for some of them
+    several = args.method == "all" or args.compare or args.bench                  # methods: then a flag may be meant for some of them
     own = [f.name for f in fields(NALoRAConfig) if f.name != "seed"]
     useless = {"base": pretrain, "train_size": pretrain, **dict.fromkeys(("rank", "alpha", "targets"), not adapts), **dict.fromkeys(own, preset is None),
                "beta1": sgd, "beta2": sgd, "momentum": not sgd}
@@ -1382,7 +1575,7 @@ def resolve(args, method):
 def sample(out, prompt):
     """Prints completions by the trained model in `out`."""
     config = read_json(out / "config.json") if (out / "config.json").exists() else {}
-    if not {"data", "method"} <= set(config):
+    if not all(isinstance(config.get(key, base), str) for key, base in (("data", None), ("method", None), ("base", ""))):
         raise ValueError(f"{out} holds no run of this program: train one first, or name its folder with --out.")
     if not (out / "summary.json").exists():
         raise ValueError(f"The run in {out} is not finished: run its command again with --resume, then sample.")
@@ -1457,7 +1650,7 @@ def ranks_of_torchrun(args):
 def main(argv=None):
     """Returns the exit code: 0, or 2 with one sentence on standard error for input that cannot be used; 130 after Ctrl-C."""
     args = command_line().parse_args(argv)
-    args.out = args.out or Path("runs") / ("compare" if args.compare else args.method)
+    args.out = args.out or Path("runs") / ("compare" if args.compare else "bench" if args.bench else args.method)
     try:
         with ranks_of_torchrun(args):
             command(args)
@@ -1483,6 +1676,9 @@ def command(args):
     elif args.compare:
         check_comparison(args)
         compare(args)
+    elif args.bench:
+        args.results = args.results or args.out
+        bench(args)
     elif args.draw_activations:
         draw_activations(args.draw_activations)
     elif args.sample is not None:
