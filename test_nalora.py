@@ -1313,7 +1313,7 @@ def test_every_method_runs_and_reports(base, tmp_path, capsys, method):
     assert 0 <= summary["test_exact_match"] <= 1 and f"{method}: exact match" in out and len(re.findall(r"\[(?:right|wrong)", out)) == 3
     if method == "pretrain":
         Llama.from_pretrained(tmp_path / "run" / "model")
-    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists() == (method not in ("pretrain", "full"))
+    assert any((tmp_path / "run" / "adapter").glob("*.safetensors")) == (method not in ("pretrain", "full"))
     assert (tmp_path / "run" / "nalora.png").exists() == ("layers" in records[0]) == (train_tiny.METHODS[method] is not None)
     assert train_tiny.main(["--sample", "Ann has 3 apples.", "--out", str(tmp_path / "run")]) == 0
     assert capsys.readouterr().out.startswith("Ann has 3 apples.\n")
@@ -1330,7 +1330,7 @@ def test_method_all_prints_one_table(base, tmp_path, capsys, monkeypatch):
 def test_presets_are_what_they_are_called():
     args = train_tiny.command_line().parse_args([])
     get = lambda method: train_tiny.resolve(args, method)["nalora"]
-    assert [(get(m)["mask"], get(m)["scale"], get(m)["budget"]) for m in list(train_tiny.METHODS)[3:]] == [
+    assert [(get(m)["mask"], get(m)["scale"], get(m)["budget"]) for m in list(train_tiny.METHODS)[3:11]] == [
         ("derivative", "homogeneity", "raw"), ("derivative", "none", "raw"), ("none", "homogeneity", "raw"), ("random", "none", "raw"),
         ("inverted", "none", "raw"), ("none", "uniform", "raw"), ("random", "uniform", "raw"), ("derivative", "homogeneity", "neutral")]
     assert get("nalora") == asdict(NALoRAConfig())
@@ -1725,14 +1725,15 @@ def test_selection_measures_on_hand_made_gates():
     other -= (other * shift).sum() / (shift * shift).sum() * shift  # orthogonal to full fine-tuning's shift
     other *= shift.norm() / other.norm()
     delta = torch.eye(6, 4)
-    full, base = ({"ffn": z_base + shift}, {"ffn": w_base + delta}), ({"ffn": z_base}, {"ffn": w_base})
+    full, base = ({"ffn": z_base + shift}, {"ffn": w_base + delta}, {"ffn": act}), ({"ffn": z_base}, {"ffn": w_base}, {"ffn": act})
     for z, w, misaligned, shift_cosine, weight_cosine in ((z_base + shift, w_base + 2 * delta, 0, 1, 1), (z_base + shift / 2, w_base - delta, 0.5, 1, -1),
                                                           (z_base + other, w_base + delta.roll(2, 0), 2**0.5, 0, 0)):
-        found = train_tiny.selection_measures(act, ({"ffn": z}, {"ffn": w}), base, full)
+        found = train_tiny.selection_measures(({"ffn": z}, {"ffn": w}, {"ffn": act}), base, full)
+        assert found["misalignment"][0] == pytest.approx(selection_misalignment(act, z, z_base + shift, z_base).item(), abs=1e-5)
         for column, expected in (("misalignment", misaligned), ("shift_cosine", shift_cosine), ("weight_cosine", weight_cosine), ("k_hat", 2)):
             assert abs(found[column][0] - expected) < 1e-4, column
-    assert abs(train_tiny.selection_measures(act, base, base, full)["misalignment"][0] - 1) < 1e-5
-    assert set(train_tiny.selection_measures(act, base, base, None)) == {"entropy", "k_hat"}
+    assert abs(train_tiny.selection_measures(base, base, full)["misalignment"][0] - 1) < 1e-5
+    assert set(train_tiny.selection_measures(base, base, None)) == {"entropy", "k_hat"}
 
 
 def test_gates_are_those_of_the_answer_tokens():
@@ -1830,6 +1831,9 @@ def test_variants_of_a_sweep(base):
     train_tiny.check_comparison(args)
     variants = train_tiny.variants_of(args)
     assert list(variants) == ["lora", *(f"nalora-mask:score=rho_prime,keep={k}" for k in (0.05, 0.1, 0.25, 0.5))] and variants["lora"]["value"] is None
+    for sweep, given, values in (("keep", ["0.2"], ["keep=0.2"]), ("rank", ["3", "4"], ["rank=3,alpha=6", "rank=4,alpha=8"])):
+        args.sweep, args.values = sweep, given
+        assert [v["value"] for v in train_tiny.variants_of(args).values() if v["method"] == "nalora-mask"] == values
     config = train_tiny.configure(args, "nalora-mask:score=rho_prime,keep=0.1,targets=gate_proj+up_proj", lr=0.5, seed=3)
     assert (config["nalora"]["score"], config["nalora"]["keep"], config["targets"], config["lr"], config["seed"]) == ("rho_prime", 0.1, ["gate_proj", "up_proj"], 0.5, 3)
 
@@ -1845,9 +1849,9 @@ def test_what_a_variant_is_compared_with():
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--methods dora", "'dora' names no method"), ("--methods pretrain", "names no method"), ("--methods lora lora", "twice"), ("--seeds 100", "must differ"),
+    ("--methods ia3", "'ia3' names no method"), ("--methods pretrain", "names no method"), ("--methods lora lora", "twice"), ("--seeds 100", "must differ"),
     ("--jobs 0", "--jobs is 0"), ("--lr 0.1", "use --lrs"), ("--seed 3", "use --seeds"), ("--resume", "always goes on"), ("--methods nalora:keep=2", "keep is 2"),
-    ("--methods lora:rank=0", "rank is 0"), ("--lrs -1 -2", "--lr is -1")])
+    ("--methods lora:rank=0", "rank is 0"), ("--lrs -1 -2", "--lr is -1"), ("--values 0.1", "name it with --sweep")])
 def test_bad_comparison_flags(base, tmp_path, capsys, flags, message):
     assert train_tiny.main(comparison_arguments(base, tmp_path / "out", *flags.split())) == 2
     error = capsys.readouterr().err
@@ -1862,6 +1866,26 @@ README = (HERE / "README.md").read_text(encoding="utf-8")
 OWN_MODEL = README.split("## On your own model")[1].split("\n## ")[0]
 
 
+def test_the_benchmark_measures_the_same_work(base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train_tiny, "in_new_process", lambda function, *args: function(*args))
+    monkeypatch.setattr(train_tiny.importlib.util, "find_spec", lambda name: None)          # PEFT's turn is in the interoperability tests
+    flags = ["--bench", "--base", str(base), "--threads", "1", "--test-size", "2", "--batch-size", "4", "--out", str(tmp_path)]
+    assert train_tiny.main([*flags, "--steps", "1"]) == 2 and "two rounds" in capsys.readouterr().err
+    assert train_tiny.main([*flags, "--steps", "3"]) == 0
+    b = json.loads((tmp_path / "bench.json").read_text())
+    rows = {row["name"]: row for row in b["rows"]}
+    assert list(rows) == ["full", "lora", "nalora"] and rows["lora"]["ratio"] == [1, 1, 1]
+    assert len({f"{row['first_loss']:.4f}" for row in rows.values()}) == 1                   # B = 0: the base model's loss on the same batch
+    assert all(0 < row["share_of_matmul_peak"] < 1 and row["step_ms"][0] <= row["step_ms"][2] and row["peak_memory_mb"] > 50 for row in rows.values())
+    assert all(s["lora"] > 0 and s["nalora"] > 0 for s in b["sizes"]) and b["generation_seconds"] > 0 and 0.5 < sum(b["profile"]["nalora"].values()) <= 1
+    for table in train_tiny.bench_tables(b).values():
+        assert table in (tmp_path / "bench.md").read_text()
+    (tmp_path / "results").mkdir()
+    tmp_path.joinpath("bench.json").rename(tmp_path / "results" / "bench.json")
+    text = "<!-- sizes of results -->\nold\n<!-- end -->"
+    assert train_tiny.bench_tables(b)["sizes"] in train_tiny.with_tables(text, tmp_path)
+
+
 def test_the_snippets_of_the_readme_run(tmp_path, monkeypatch, capsys):
     snippets = re.findall(r"```python\n(.*?)```", README.replace(OWN_MODEL, ""), re.S)
     assert snippets
@@ -1874,7 +1898,7 @@ def test_the_snippets_of_the_readme_run(tmp_path, monkeypatch, capsys):
 
 def test_the_tables_of_the_readme_are_those_of_the_results():
     assert train_tiny.with_tables(README, HERE / "results") == README
-    tables = [(HERE / "results" / name / "comparison.md") for name in re.findall(r"<!-- \w+ of ([\w-]+) -->", README)]
+    tables = [(HERE / "results" / name / "comparison.md") for name in re.findall(r"<!-- \w+ of ([\w-]+) -->", README) if not name.startswith("bench")]
     assert tables
     for path in tables:
         assert path.read_text(encoding="utf-8") == train_tiny.markdown(json.loads(path.with_suffix(".json").read_text())), path
@@ -2007,6 +2031,13 @@ if all(importlib.util.find_spec(name) for name in ("transformers", "peft", "acce
         peers.save_adapter(ours, tmp_path / "adapter", base_model=str(tmp_path))
         loaded, tokens = PeftModel.from_pretrained(hf(), tmp_path / "adapter"), batch(9)[0]
         torch.testing.assert_close(loaded(tokens).logits, ours(tokens)[0], atol=1e-4, rtol=1e-3)
+
+    def test_interop_the_benchmark_gives_peft_the_same_work(base):
+        config = train_tiny.resolve(train_tiny.command_line().parse_args(arguments(base, "out")), "lora")
+        ours, theirs = train_tiny.Run(config), train_tiny.PeftRun(config)
+        assert sum(p.numel() for p in theirs.trainable) == sum(p.numel() for p in ours.trainable.values())
+        (loss, count), (their_loss, their_count) = ours.train_step(0), theirs.train_step(0)
+        assert loss == pytest.approx(their_loss, rel=1e-5) and count == their_count
 
     def test_interop_a_checkpoint_with_its_own_tokenizer(tmp_path, capsys):
         from tokenizers import Tokenizer, models, pre_tokenizers

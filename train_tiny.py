@@ -40,9 +40,10 @@ from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nalora import (ACTIVATIONS, Llama, LlamaConfig, NALoRA, NALoRAConfig, effective_homogeneity, homogeneity, inject_lora, is_gated_ffn,
-                    load_adapter, lora_parameters, merge_lora, read_json, save_adapter, selection_entropy, selection_misalignment, selection_weight,
-                    value_and_slope, write_json, write_whole)
+import peers
+from nalora import (ACTIVATIONS, Llama, LlamaConfig, NALoRA, NALoRAConfig, activation, gate_sums, homogeneity, inject_lora, is_gated_ffn,
+                    lora_parameters, merge_lora, read_json, regime, selection_entropy, selection_weight, value_and_slope, write_json, write_whole)
+from peers import load_adapter, save_adapter                        # of any method: plain LoRA they leave to nalora
 
 ROOT = Path(os.path.relpath(Path(__file__).resolve().parent))
 DATA = ROOT / "data"
@@ -53,7 +54,7 @@ ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 METHODS = {"pretrain": None, "full": None, "lora": None, "nalora": {}, "nalora-mask": {"scale": "none"}, "nalora-scale": {"mask": "none"},
            "random-mask": {"mask": "random", "scale": "none"}, "inverted-mask": {"mask": "inverted", "scale": "none"},
            "uniform-scale": {"mask": "none", "scale": "uniform"}, "random-uniform": {"mask": "random", "scale": "uniform"},
-           "nalora-neutral": {"budget": "neutral"}}
+           "nalora-neutral": {"budget": "neutral"}, **dict.fromkeys(peers.PEERS), **{f"nalora-{peer}": {} for peer in ("rslora", "lora+", "dora", "pissa")}}
 LEARNING_RATE, SGD_LEARNING_RATE = {"pretrain": 3e-3, "full": 2e-3}, 0.3      # every LoRA method with AdamW: 5e-3
 TINY = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
             max_position_embeddings=256, tie_word_embeddings=True)
@@ -313,16 +314,21 @@ class Run:
             for split in splits:
                 lengths = [prompt + self.max_new if split == "test" else len(ids) - 1 for ids, prompt in encoded[split]]
                 check_length(self.data / f"{split}.jsonl" if self.data.is_dir() else f"{self.data} ({split})", lengths, context)
-        if "rank" in config:
+        if "peer" in config:
+            peers.inject(self.model, config["peer"], *(config[k] for k in ("targets", "rank", "alpha") if k in config))
+        elif "rank" in config:
             inject_lora(self.model, config["targets"], config["rank"], config["alpha"])
         self.trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         decayed = [p for p in self.trainable.values() if p.dim() == 2]
         others = [p for p in self.trainable.values() if p.dim() != 2]
         groups, common = [{"params": decayed}, {"params": others, "weight_decay": 0.0}] if others else decayed, {"weight_decay": config["weight_decay"], "fused": True}
+        if config.get("peer") == "lora+":
+            groups = peers.parameter_groups(self.model, "lora+", config["lr"])
         if config["optimizer"] == "sgd":
             self.optimizer = torch.optim.SGD(groups, config["lr"], momentum=config["momentum"], **common)
         else:
             self.optimizer = torch.optim.AdamW(groups, config["lr"], betas=(config["beta1"], config["beta2"]), **common)
+        self.rates = [group["lr"] / config["lr"] for group in self.optimizer.param_groups]              # 1, but for LoRA+'s B
         self.forward = DistributedDataParallel(self.model) if self.ranks > 1 else self.model
         if config.get("nalora"):
             self.nalora = NALoRA(self.model, self.optimizer, NALoRAConfig(**config["nalora"]))
@@ -337,8 +343,8 @@ class Run:
         """One optimizer step. Returns the loss of its batch and its number of tokens, padding included."""
         batch = self.batches(step)
         tokens, targets, token_mask = (t if t is None else t[self.rank::self.ranks].to(self.device) for t in batch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(step)
+        for group, rate in zip(self.optimizer.param_groups, self.rates):
+            group["lr"] = self.learning_rate(step) * rate
         if self.nalora:
             self.nalora.token_mask = token_mask                     # the whole difference to a LoRA loop, and it is optional
         with self.autocast:
@@ -528,9 +534,9 @@ def execute(config, out, resume):
     if run.problems:                                                # --test-size 0 judges on validation loss alone
         summary["arithmetic_accuracy"] = arithmetic_accuracy(run.model, run.tokenizer, run.equations)
         summary["test_exact_match"], completions = exact_match(run.model, run.tokenizer, run.problems, run.max_new)
-    if "rank" in config:
+    if config["method"] not in ("pretrain", "full"):
         save_adapter(run.model, out / "adapter", base_model=config["base"], settings=config)
-        results = out / "adapter" / "adapter_model.safetensors"
+        results = next((out / "adapter").glob("*.safetensors"))
     else:
         run.model.save_pretrained(out / "model", torch.float16 if config["method"] == "pretrain" else None)
         results = out / "model" / "model.safetensors"
@@ -591,7 +597,7 @@ def step_time_ratio(config, other, pairs):
 
 COMPARED = ["full", "lora", "nalora", "nalora-neutral", "nalora-mask", "nalora-scale", "random-mask", "inverted-mask", "uniform-scale", "random-uniform"]
 CONTROLS = {"nalora": ["random-mask", "random-uniform"], "nalora-neutral": ["nalora"], "nalora-mask": ["random-mask", "inverted-mask"],
-            "nalora-scale": ["uniform-scale"]}
+            "nalora-scale": ["uniform-scale"], **{f"nalora-{peer}": [peer] for peer in peers.PEERS}}
 TUNING_GRID = {"adamw": [2e-3, 4e-3, 8e-3, 1.6e-2], "sgd": [0.1, 0.3, 1.0, 3.0]}      # one grid for every variant
 SWEEPS = {"rank": [f"rank={r},alpha={2 * r}" for r in (1, 2, 4, 8, 16)], "train-size": ["train-size=100", "train-size=300", ""],
           "targets": ["", "targets=gate_proj+up_proj+down_proj", "targets=gate_proj"], "keep": [f"keep={k}" for k in (0.05, 0.1, 0.25, 0.5)],
@@ -618,10 +624,12 @@ def configure(args, spec, **changes):
 def variants_of(args):
     """{label: {"method", "spec" (of --methods), "changes" (flags), "value" (of the sweep)}}. A method that no value touches occurs once,
     with the value None."""
-    variants, values = {}, SWEEPS[args.sweep] if args.sweep else [""]
+    variants, values = {}, SWEEPS.get(args.sweep, [""])
+    if args.values:
+        values = [f"rank={value},alpha={2 * int(value)}" if args.sweep == "rank" else f"{args.sweep}={value}" for value in args.values]
     for spec in args.methods:
         labels = {spec + (":,"[":" in spec] + value if value else ""): value for value in values}
-        if len({json.dumps(configure(args, label), sort_keys=True) for label in labels}) == 1:
+        if all(configure(args, label) == configure(args, spec) for label in labels):
             labels = {spec: None}
         for label, value in labels.items():
             variants[label] = {"method": spec.partition(":")[0], "spec": spec, "changes": label.partition(":")[2], "value": value}
@@ -753,11 +761,14 @@ def compare(args):
 def trained_model(out):
     """The model of a finished run, its adapter merged."""
     config = read_json(out / "config.json")
-    if "rank" not in config:
+    if config["method"] == "full":
         return Llama.from_pretrained(out / "model").eval()
     model = Llama.from_pretrained(config["base"]).eval()
     load_adapter(model, out / "adapter")
-    merge_lora(model)
+    if config.get("peer") == "nora++":
+        merge_lora(model)                                           # its weights merge, its activation cannot
+    elif config.get("peer") != "nora":
+        peers.merge(model)
     return model
 
 
@@ -777,24 +788,27 @@ def answer_gates(model, batches, limit=4000):
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
-def gate_weights(model):
-    return {name: ffn.gate_proj.weight.detach() for name, ffn in model.named_modules() if is_gated_ffn(ffn)}
-
-
 def cosine(a, b):
     return torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).item()
 
 
-def selection_measures(act, model, base, full):
-    """{column: [value per FFN]} from the (gates, gate weights) of the model, the base and the fully fine-tuned reference (or None)."""
-    (z, w), (z_base, w_base) = model, base
-    columns = {"entropy": [selection_entropy(act, z[n]).item() for n in z], "k_hat": [effective_homogeneity(act, z[n]).item() for n in z]}
+def observe(model, batches):
+    """({FFN: gates (N, F)}, {FFN: gate weight}, {FFN: activation}) of a model, the gates on answer tokens."""
+    ffns = {name: ffn for name, ffn in model.named_modules() if is_gated_ffn(ffn)}
+    return answer_gates(model, batches), {name: ffn.gate_proj.weight.detach() for name, ffn in ffns.items()}, {name: activation(ffn) for name, ffn in ffns.items()}
+
+
+def selection_measures(model, base, full):
+    """{column: [value per FFN]} from what `observe` saw of the model, the base and the fully fine-tuned reference (or None). M and the
+    cosine of shifts are taken of rho itself, since NoRA's activation is not the base's."""
+    z, w, acts = model
+    columns = {"entropy": [selection_entropy(acts[n], z[n]).item() for n in z], "k_hat": [regime(gate_sums(acts[n], z[n])[-4:], z[n].size(1))[0].item() for n in z]}
     if full:
-        z_full, w_full = full
-        shift = lambda gates, n: selection_weight(act, gates[n]) - selection_weight(act, z_base[n])
-        columns["misalignment"] = [selection_misalignment(act, z[n], z_full[n], z_base[n]).item() for n in z]
-        columns["shift_cosine"] = [cosine(shift(z, n), shift(z_full, n)) for n in z]
-        columns["weight_cosine"] = [cosine(w[n] - w_base[n], w_full[n] - w_base[n]) for n in z]
+        rho = lambda seen, n: selection_weight(seen[2][n], seen[0][n])
+        moved, aim = ({n: rho(seen, n) - rho(base, n) for n in z} for seen in (model, full))
+        columns["misalignment"] = [((moved[n] - aim[n]).norm() / aim[n].norm()).item() for n in z]
+        columns["shift_cosine"] = [cosine(moved[n], aim[n]) for n in z]
+        columns["weight_cosine"] = [cosine(w[n] - base[1][n], full[1][n] - base[1][n]) for n in z]
     return columns
 
 
@@ -826,24 +840,22 @@ def measure(args, variants, jobs, summaries):
     """(one row per variant and seed, what the base measures). A row without selection columns: no full fine-tuning to compare with."""
     run = Run(configure(args, next(iter(variants))))
     base = Llama.from_pretrained(run.config["base"]).eval()
-    act = next(m for m in base.modules() if is_gated_ffn(m)).act_fn
     text = held_out_text(base, run)
     text_loss = lambda model: mean_loss(model, [(part[:, :-1], part[:, 1:], None) for part in text.split(16)])
-    observe = lambda model: (answer_gates(model, run.validation), gate_weights(model))
-    base_text_loss, base_seen, rows = text_loss(base), observe(base), []
+    base_text_loss, base_seen, rows = text_loss(base), observe(base, run.validation), []
     full_of = {label: next((other for other, v in variants.items() if v["method"] == "full" and v["value"] in (None, own["value"])), None)
                for label, own in variants.items()}
     lora = next((jobs[f"{label} seed={args.seeds[0]}"][1] for label, v in variants.items() if v["method"] != "full"), {"rank": 8, "targets": ALL_LINEAR})
     for seed in args.seeds:
         references = {label: trained_model(jobs[f"{label} seed={seed}"][0]) for label in set(full_of.values()) - {None}}
-        seen = {label: observe(model) for label, model in references.items()}
+        seen = {label: observe(model, run.validation) for label, model in references.items()}
         for label in variants:
             out, config, _ = jobs[f"{label} seed={seed}"]
             path, full_seen = out / "measures.json", seen.get(full_of[label])
             reference = full_seen and str(jobs[f"{full_of[label]} seed={seed}"][0].relative_to(args.out))
             if not path.exists() or read_json(path).get("reference", "") != reference:              # not measured yet, or against another one
                 model = trained_model(out)
-                layers = selection_measures(act, observe(model), base_seen, full_seen)
+                layers = selection_measures(observe(model, run.validation), base_seen, full_seen)
                 write_json(path, {"reference": reference, "text_loss_increase": text_loss(model) - base_text_loss, "layers": layers})
             measured, summary = read_json(path), summaries[f"{label} seed={seed}"]
             row = {"variant": label, "seed": seed, "lr": config["lr"], **{k: summary[k] for k in (
@@ -851,11 +863,11 @@ def measure(args, variants, jobs, summaries):
             rows.append({**row, **measured, **{k: statistics.mean(v) for k, v in measured["layers"].items()}, "history": history(out)})
         for label, rank in itertools.product(references if not args.sweep else (), (lora["rank"], None)):
             model = truncated(references[label], base, lora["targets"], rank)
-            layers = selection_measures(act, observe(model), base_seen, seen[label])
+            layers = selection_measures(observe(model, run.validation), base_seen, seen[label])
             name = f"full, best rank {rank}" if rank else "full, linear layers"
             rows.append({"variant": name, "seed": seed, "val_loss": mean_loss(model, run.validation), "text_loss_increase": text_loss(model) - base_text_loss,
                          "layers": layers, **{k: statistics.mean(v) for k, v in layers.items()}})
-    layers = selection_measures(act, base_seen, base_seen, None)
+    layers = selection_measures(base_seen, base_seen, None)
     return rows, {"path": run.config["base"], "val_loss": mean_loss(base, run.validation), "text_loss": base_text_loss, "layers": layers,
                   "positive": [(z > 0).float().mean().item() for z in base_seen[0].values()],
                   "arithmetic_accuracy": arithmetic_accuracy(base, run.tokenizer, run.equations) if run.equations else None,
@@ -995,9 +1007,11 @@ def markdown(comparison):
 
 
 def with_tables(text, results):
-    """The text with everything between <!-- TABLE of NAME --> and <!-- end --> made anew from results/NAME/comparison.json."""
+    """The text with everything between <!-- TABLE of NAME --> and <!-- end --> made anew from results/NAME/comparison.json or bench.json."""
     def block(found):
-        return f"{found[1]}\n{tables(read_json(results / found[3] / 'comparison.json'))[found[2]]}\n<!-- end -->"
+        measured = results / found[3] / "bench.json"
+        made = bench_tables(read_json(measured)) if measured.exists() else tables(read_json(measured.with_name("comparison.json")))
+        return f"{found[1]}\n{made[found[2]]}\n<!-- end -->"
     return re.sub(r"(<!-- (\w+) of ([\w-]+) -->)\n.*?<!-- end -->", block, text, flags=re.S)
 
 
@@ -1208,7 +1222,7 @@ def draw_differences(comparison, path):
         ax.set_yticks(range(len(labels)), labels if ax is axes[0] else [""] * len(labels))
         ax.set_title(title, fontsize=10)
         ax.set_xlabel(f"minus LoRA's ({statistics.mean(lora.values()):.{digits}f})")
-        ax.locator_params(axis="x", nbins=5)
+        ax.locator_params(axis="x", nbins=4)
     save_figure(figure, path)
 
 
@@ -1409,6 +1423,8 @@ def step_of_size(layers, windows, rounds):
 def bench(args):
     """Measures and writes bench.json and bench.md to args.results."""
     rounds, makers, config = given(args.steps, 40), contestants(args), resolve(args, "lora")
+    if rounds < 2:
+        raise ValueError(f"--steps is {rounds}: a benchmark needs at least two rounds.")
     first = makers["lora"]()                                        # all that can be wrong is found before anything is written
     print(f"{rounds} rounds of {', '.join(makers)} in alternation", flush=True)
     steps, rows = in_alternation(makers, rounds), []
@@ -1427,7 +1443,7 @@ def bench(args):
     result = rounded({"configuration": config, "rounds": rounds, "machine": machine(), "rows": rows, "matmul_peak": peak,
                       "profile": {name: where_time_goes(makers[name]()) for name in ("lora", "nalora")},
                       "sizes": [{"layers": layers, "windows": windows, **step_of_size(layers, windows, rounds)} for layers, windows in sizes],
-                      "start_seconds": quartiles([timed(partial(subprocess.run, start, cwd=Path(__file__).resolve().parent, check=True))[0] for _ in range(5)]),
+                      "start_seconds": quartiles([timed(partial(subprocess.run, start, cwd=Path(__file__).resolve().parent, check=True))[0] for _ in range(3)]),
                       "problems": len(first.problems),
                       "generation_seconds": timed(exact_match, first.model.eval(), first.tokenizer, first.problems, first.max_new)[0] if first.problems else None})
     write_json(args.results / "bench.json", result)
@@ -1481,6 +1497,7 @@ def command_line():
     add("--methods", nargs="+", metavar="METHOD[:FLAG=VALUE,...]", default=COMPARED,
         help="what to compare, such as lora or nalora-mask:keep=0.1,rank=16 (default: %(default)s)")
     add("--sweep", choices=SWEEPS, help="compare at each value of: " + "; ".join(f"{k} ({' '.join(v or 'all' for v in values)})" for k, values in SWEEPS.items()))
+    add("--values", nargs="+", help="of the sweep, instead of those")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of the runs that are judged (default: %(default)s)")
     add("--tuning-seeds", type=int, nargs="+", default=[100, 101], help="of the runs that choose the learning rate (default: %(default)s)")
     add("--lrs", type=float, nargs="+", help="learning rates that every variant is tuned over; with one, nothing is tuned "
@@ -1525,7 +1542,7 @@ def given(value, default):
 
 def resolve(args, method):
     """The complete configuration of one run, as JSON-able values. ValueError on a value or a flag that the method has no use for."""
-    pretrain, adapts, sgd, preset = method == "pretrain", method not in ("pretrain", "full"), args.optimizer == "sgd", METHODS[method]
+    pretrain, adapts, sgd, preset = method == "pretrain", method not in ("pretrain", "full", "nora"), args.optimizer == "sgd", METHODS[method]
     several = args.method == "all" or args.compare or args.bench                  # methods: then a flag may be meant for some of them
     own = [f.name for f in fields(NALoRAConfig) if f.name != "seed"]
     useless = {"base": pretrain, "train_size": pretrain, **dict.fromkeys(("rank", "alpha", "targets"), not adapts), **dict.fromkeys(own, preset is None),
@@ -1551,6 +1568,8 @@ def resolve(args, method):
         config |= {"base": str(args.base or (args.data if args.data.is_dir() else DATA) / "base"), "train_size": args.train_size}
     if adapts:
         config |= {"rank": given(args.rank, 8), "alpha": given(args.alpha, 16.0), "targets": args.targets or ALL_LINEAR}
+    if method.removeprefix("nalora-") in peers.PEERS:
+        config |= {"peer": method.removeprefix("nalora-")}
     if preset is not None:
         chosen = {f: getattr(args, f) for f in own if getattr(args, f) is not None}
         c = NALoRAConfig(**{**preset, "seed": args.seed, **chosen})
@@ -1580,7 +1599,7 @@ def sample(out, prompt):
     if not (out / "summary.json").exists():
         raise ValueError(f"The run in {out} is not finished: run its command again with --resume, then sample.")
     tokenizer = tokenizer_of(config["base"], Path(config["data"])) if "base" in config else load_tokenizer(config["data"])
-    if "rank" in config:
+    if config["method"] not in ("pretrain", "full"):
         model = Llama.from_pretrained(config["base"])
         load_adapter(model, out / "adapter")
     else:
@@ -1617,9 +1636,11 @@ def check_comparison(args):
     for name, instead in (("lr", "--lrs"), ("resume", "nothing: it always goes on where it was cut"), ("seed", "--seeds"), ("sample", "nothing")):
         if getattr(args, name) != command_line().get_default(name):
             raise ValueError(f"--{name} has no effect with --compare: use {instead}.")
+    if args.values and not args.sweep:
+        raise ValueError("--values are those of a sweep: name it with --sweep.")
     if args.jobs < 1:
         raise ValueError(f"--jobs is {args.jobs}: give a number above zero.")
-    for name in ("methods", "seeds", "tuning_seeds", "lrs"):
+    for name in ("methods", "values", "seeds", "tuning_seeds", "lrs"):
         values = getattr(args, name)
         if values and len(set(values)) < len(values):
             raise ValueError(f"--{name.replace('_', '-')} names something twice.")
