@@ -747,7 +747,7 @@ def load_adapter(model, directory):
     directory = Path(directory)
     config, tensors = read_json(directory / "adapter_config.json"), read_tensors(directory / "adapter_model.safetensors")
     more = [k for k in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out") if config.get(k)]
-    if more or config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or not all(isinstance(config.get(k), (int, float)) for k in ("r", "lora_alpha")):
+    if more or config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or not all(isinstance(config.get(k), (int, float)) and 0 < config[k] < 1e12 for k in ("r", "lora_alpha")):
         raise ValueError(f"{directory} holds no plain LoRA adapter (see {more[0] if more else 'peft_type, bias, r, lora_alpha'} in adapter_config.json).")
     rank, alpha = config["r"], config["lora_alpha"]
     linears = {n.removesuffix(".base_layer"): m for n, m in model.named_modules() if isinstance(m, nn.Linear)}

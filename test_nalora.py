@@ -1025,6 +1025,8 @@ def test_partial_targets_are_written_by_their_full_names(tmp_path):
     (lambda d, c, m: (d / "adapter_config.json").write_text(json.dumps({**c, "use_dora": True})), "use_dora"),
     (lambda d, c, m: (d / "adapter_config.json").write_text(json.dumps({**c, "peft_type": "IA3"})), "no plain LoRA"),
     (lambda d, c, m: (d / "adapter_config.json").write_text(json.dumps({**c, "r": 8})), "rank 8"),
+    (lambda d, c, m: (d / "adapter_config.json").write_text(json.dumps({**c, "lora_alpha": 10**400})), "no plain LoRA"),
+    (lambda d, c, m: (d / "adapter_config.json").write_text(json.dumps({**c, "lora_alpha": math.nan})), "no plain LoRA"),
     (lambda d, c, m: save_adapter(trained_lora(hidden_size=48, head_dim=12), d), "other module names or shapes"),
     (lambda d, c, m: save_adapter(trained_lora(num_hidden_layers=3), d), "other module names or shapes"),
     (lambda d, c, m: save_adapter(trained_lora(seed=7), d), "trained on another base model"),
@@ -1070,12 +1072,8 @@ def peer_llama(peer, rank=4, alpha=8, targets=("q_proj", *FFN), seed=0, wake=Tru
     return model
 
 
-def train_peer(model, peer, steps=3, config=None):
-    opt = torch.optim.AdamW(peers.parameter_groups(model, peer, 1e-2), weight_decay=0.1)
-    tool = config and NALoRA(model, opt, config)
-    for i in range(steps):
-        take_step(model, opt, i)
-    return tool
+def optimizer_of(model, peer, lr=1e-2):
+    return torch.optim.AdamW(peers.lora_plus_groups(model, lr) if peer == "lora+" else peers.learnt(model).values(), lr=lr, weight_decay=0.1)
 
 
 @pytest.mark.parametrize("peer", peers.PEERS)
@@ -1084,17 +1082,24 @@ def test_a_neighbour_starts_as_a_no_op_trains_and_leaves_the_base_alone(peer):
     model = peer_llama(peer, wake=False)
     difference = (model(tokens)[0] - base(tokens)[0]).abs().max().item()
     assert difference < 1e-4 and (difference == 0 or peer == "pissa")
-    losses = [take_step(model, torch.optim.AdamW(peers.parameter_groups(model, peer, 1e-2)), 0) for _ in range(2)]
+    assert set(peers.learnt(model)) == set(snapshot(model))
+    losses = [take_step(model, optimizer_of(model, peer), 0) for _ in range(2)]
     assert losses[1] < losses[0]
-    peers.take_out(model)
-    assert equal(dict(model.named_parameters()), dict(base.named_parameters()))
+    peers.unload(model)
+    assert equal(dict(model.named_parameters()), dict(base.named_parameters())) and not peers.carries(model)
 
 
 @pytest.mark.parametrize("peer", peers.PEERS)
 def test_a_neighbour_is_saved_loaded_and_merged(peer, tmp_path):
     model, tokens = peer_llama(peer), batch(9)[0]
-    train_peer(model, peer)
+    opt = optimizer_of(model, peer)
+    for i in range(3):
+        take_step(model, opt, i)
+    save_adapter(trained_lora(), tmp_path)                          # an older adapter of another kind in the same folder
+    parts, random_state = [id(m) for m in model.modules()], torch.get_rng_state()
+    model.requires_grad_(False)                                     # frozen or not, it is saved
     peers.save_adapter(model, tmp_path, base_model="base", settings={"a": 1})
+    assert [id(m) for m in model.modules()] == parts and torch.equal(torch.get_rng_state(), random_state)
     fresh = small_llama()
     peers.load_adapter(fresh, tmp_path)
     torch.testing.assert_close(fresh(tokens)[0], model(tokens)[0], atol=1e-5, rtol=1e-4)
@@ -1109,10 +1114,14 @@ def test_a_neighbour_is_saved_loaded_and_merged(peer, tmp_path):
             peers.merge(fresh)
     torch.testing.assert_close(fresh(tokens)[0], before, atol=1e-5, rtol=1e-4)
     for other in (small_llama(seed=5), small_llama(num_hidden_layers=1)):
-        if peer != "nora":                                          # which touches no weight that could be recognised
-            with pytest.raises(ValueError, match="another base|does not fit"):
-                peers.load_adapter(other, tmp_path)
-            assert not any(hasattr(m, "lora_A") for m in other.modules())
+        with pytest.raises(ValueError, match="another base|does not fit"):
+            peers.load_adapter(other, tmp_path)
+        assert not peers.carries(other) and all(p.requires_grad for p in other.parameters())
+    with pytest.raises(ValueError, match="carries a neighbour"):
+        peers.load_adapter(peer_llama("dora"), tmp_path)
+    peers.save_adapter(peer_llama("dora", targets=["q_proj"]), tmp_path)                   # the folder then holds this one and nothing else
+    fresh = small_llama()
+    assert peers.load_adapter(fresh, tmp_path) == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
 
 
 def test_merge_lora_does_not_mistake_a_neighbour_for_lora():
@@ -1160,7 +1169,7 @@ def test_loran_is_its_formula_and_without_amplitude_lora_bit_for_bit():
 @pytest.mark.parametrize("peer", ["rslora", "lora+", "dora", "pissa", "loran"])
 def test_nalora_works_on_top_of_a_neighbour(peer):
     model = peer_llama(peer)
-    opt = torch.optim.AdamW(peers.parameter_groups(model, peer, 1e-2), weight_decay=0.1)
+    opt = optimizer_of(model, peer)
     tool = NALoRA(model, opt, NALoRAConfig(keep=0.25, stride=1))
     for i in range(3):
         before = {name: p for name, p in snapshot(model).items() if "gate_proj.lora_B" in name}
@@ -1170,33 +1179,79 @@ def test_nalora_works_on_top_of_a_neighbour(peer):
             assert same[~s["mask"]].all() and not same[s["mask"]].any() and s["mask"].sum() == 12
 
 
-def test_neighbours_refuse():
-    for call, message in ((lambda: peers.inject(small_llama(), "nothing", FFN), "no neighbour 'nothing'"), (lambda: peers.inject(small_llama(), "dora", ["x"]), "matches no linear"),
-                          (lambda: peers.inject(nn.Sequential(nn.Linear(3, 3)), "nora"), "has none"), (lambda: peers.inject(peer_llama("dora"), "nora"), "already"),
-                          (lambda: peers.inject(small_llama(), "loran", FFN, 99, 8), "rank is 99"), (lambda: peers.save_adapter(small_llama(), Path("nowhere")), "no LoRA"),
-                          (lambda: NALoRA(m := peer_llama("nora++"), torch.optim.AdamW(m.parameters())), "one activation for all"),
-                          (lambda: peers.save_adapter(peer_llama("pissa", rank=20), Path("nowhere")), "saved as LoRA of rank 40")):
-        with pytest.raises(ValueError, match=message):
-            call()
+def spoiled_weight(value):
+    model = small_llama()
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = value
+    return model
+
+
+def test_neighbours_refuse_with_nothing_changed():
+    narrow, tied = lambda: small_llama(intermediate_size=6), lambda: small_llama(tie_word_embeddings=True)
+    for make, change, message in (
+            (small_llama, lambda m: peers.inject(m, "nothing", FFN), "no neighbour 'nothing'"), (small_llama, lambda m: peers.inject(m, "dora", ["x"]), "matches no linear"),
+            (lambda: nn.Sequential(nn.Linear(3, 3)), lambda m: peers.inject(m, "nora"), "has none"), (lambda: peer_llama("dora"), lambda m: peers.inject(m, "nora"), "already"),
+            (lora_llama, lambda m: peers.inject(m, "nora"), "already"), (small_llama, lambda m: peers.inject(m, "loran", FFN, 99, 8), "rank is 99"),
+            (small_llama, lambda m: peers.inject(m, "rslora", FFN, -1, 8), "rank is -1"), (small_llama, lambda m: peers.inject(m, "pissa", FFN, 4, math.nan), "alpha nan"),
+            (small_llama, lambda m: peers.inject(m, "pissa", FFN, 20, 8), "saved as LoRA of rank 40"), (lambda: spoiled_weight(math.nan), lambda m: peers.inject(m, "pissa", FFN, 4, 8), "not finite"),
+            (tied, lambda m: peers.inject(m, "pissa", ["lm_head"], 4, 8), "tied"), (narrow, lambda m: peers.inject(m, "nora++", FFN, 4, 8), "cannot be cut into 8 groups"),
+            (small_llama, lambda m: peers.save_adapter(m, Path("nowhere")), "no LoRA"),
+            (lambda: peer_llama("nora++"), lambda m: NALoRA(m, torch.optim.AdamW(m.parameters())), "does not go with NoRA")):
+        model = make()
+        before, parts, trains = {k: v.clone() for k, v in model.state_dict().items()}, [id(m) for m in model.modules()], [p.requires_grad for p in model.parameters()]
+        with pytest.raises(ValueError, match=message) as error:
+            change(model)
+        assert "\n" not in str(error.value)
+        assert [id(m) for m in model.modules()] == parts and [p.requires_grad for p in model.parameters()] == trains, message
+        torch.testing.assert_close(dict(model.state_dict()), before, atol=0, rtol=0, equal_nan=True)
     assert not Path("nowhere").exists()
 
 
-@pytest.mark.parametrize("file", ["peers.json", "peers.safetensors"])
-@pytest.mark.parametrize("peer", ["nora++", "dora"])
+@pytest.mark.parametrize("peer", ["dora", "loran"])
+def test_merging_a_neighbour_of_a_tied_or_missing_weight_is_refused(peer):
+    model = small_llama(tie_word_embeddings=True)
+    peers.inject(model, peer, ["lm_head"], 4, 8)
+    before = model.model.embed_tokens.weight.clone()
+    with pytest.raises(ValueError, match="tied"):
+        peers.merge(model)
+    assert torch.equal(model.model.embed_tokens.weight, before)
+    with pytest.raises(ValueError, match="not loaded"):
+        peers.merge(peer_llama(peer).to("meta"))
+
+
+def test_dora_survives_a_row_of_zeros():
+    model = small_llama()
+    model.model.layers[0].mlp.up_proj.weight.data[3] = 0
+    peers.inject(model, "dora", FFN, 4, 8)
+    assert math.isfinite(take_step(model, optimizer_of(model, "dora"), 0)) and all(p.isfinite().all() for p in model.parameters())
+
+
+def test_loran_bends_the_same_under_autocast():
+    lora = lora_llama().model.layers[0].mlp.gate_proj
+    nn.init.normal_(lora.lora_B)
+    layer = peers.LoRANLinear(lora, amplitude=0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        bent = layer.bend()
+    assert torch.equal(bent, layer.bend())
+
+
+@pytest.mark.parametrize("peer, file", [("nora++", "peers.json"), ("nora++", "peers.safetensors"), ("loran", "peers.json"), ("dora", "adapter_config.json"), ("dora", "adapter_model.safetensors")])
 def test_a_spoiled_neighbour_is_refused_with_nothing_changed(peer, file, tmp_path):
     peers.save_adapter(peer_llama(peer), tmp_path)
     whole, model, refused = (tmp_path / file).read_bytes(), small_llama(), 0
     names = [name for name, _ in model.named_modules()]
-    for kind, content in spoiled(whole):
+    described = json.loads(whole) if file == "peers.json" else {}
+    more = [("named", json.dumps({**described, **change}).encode()) for change in (
+        {"targets": [["q"]]}, {"targets": [{}]}, {"rank": True}, {"alpha": 10**400}, {"alpha": -1}, {"rank": None}, {"base": []}, {"peer": "rslora"}, {"peer": ["nora"]})] if described else []
+    for kind, content in [*spoiled(whole), *more]:
         (tmp_path / file).write_bytes(content)
         try:
             peers.load_adapter(model, tmp_path)
-            peers.take_out(model)
-            assert kind != "cut"
+            peers.unload(model, list(model.parameters()))
+            assert kind not in ("cut", "named")
         except ValueError as e:
             refused += 1
             assert "\n" not in str(e)
-        assert [name for name, _ in model.named_modules()] == names and model.model.layers[0].mlp.act_fn is F.silu
+        assert [name for name, _ in model.named_modules()] == names and model.model.layers[0].mlp.act_fn is F.silu and all(p.requires_grad for p in model.parameters())
     assert refused > 20
 
 
@@ -1711,9 +1766,11 @@ def test_differences_are_paired_by_seed():
     theirs = {0: 10.0, 1: 500.0, 2: -30.0, 9: 1e6}
     ours = {2: -30.5, 0: 9.5, 1: 499.5, 7: 0.0}
     assert train_tiny.paired_difference(ours, theirs) == (-0.5, -0.5, -0.5)
-    assert train_tiny.describe((-0.5, -0.7, -0.1), 1) == "-0.5 [-0.7, -0.1] lower"
-    assert train_tiny.describe((0.5, 0.1, 0.7), 1) == "+0.5 [+0.1, +0.7] higher"
-    assert train_tiny.describe((-0.5, -0.7, 0.0), 1).endswith("no difference seen")
+    assert train_tiny.describe(ours, theirs, 1) == "-0.5 [-0.5, -0.5] lower in 3 of 3"
+    zero = dict.fromkeys(range(5), 0.0)
+    mixed = {0: 2.0, 1: 2.0, 2: 2.0, 3: 2.0, 4: -0.1}
+    assert train_tiny.describe(mixed, zero, 1).startswith("+1.6 [") and train_tiny.describe(mixed, zero, 1).endswith("] higher in 4 of 5")
+    assert train_tiny.describe({0: 2.0, 1: -1.0, 2: 0.0}, zero, 1).endswith("no difference seen")
     with pytest.raises(ValueError, match="two seeds in common"):
         train_tiny.paired_difference({0: 1.0}, theirs)
 
@@ -1783,13 +1840,15 @@ def comparison(base, tmp_path_factory):
 
 def test_compare_writes_tables_and_figures_and_repeats_nothing(base, comparison, capsys, monkeypatch):
     result = json.loads((comparison / "comparison.json").read_text())
-    assert list(result["variants"]) == ["full", "lora", "nalora", "random-mask"] and len(result["rows"]) == 2 * 6
+    assert list(result["variants"]) == ["full", "lora", "nalora", "random-mask"] and len(result["rows"]) == 2 * 7
     lora = [row for row in result["rows"] if row["variant"] == "lora"]
     assert [row["seed"] for row in lora] == [0, 1] and lora[0]["val_loss"] != lora[1]["val_loss"]
     for column in (c for columns in train_tiny.COLUMNS.values() for c in columns):
         assert all(math.isfinite(row[column]) for row in lora), column
     assert all(row["misalignment"] == 0 for row in result["rows"] if row["variant"] == "full")
-    assert (comparison / "comparison.csv").read_text().count("\n") == 13
+    assert (comparison / "comparison.csv").read_text().count("\n") == 15
+    floor = [row for row in result["rows"] if row["variant"] == "full, another seed"]
+    assert len(floor) == 2 and all(row["misalignment"] > 0 for row in floor)
     text = (comparison / "comparison.md").read_text()
     assert "nalora - random-mask" in text and "nalora - lora" in text and re.search(r"\| lora \| 0\.01 \| \d\.\d{4} ± ", text)
     for figure in ("differences", "alignment", "at_work", "training", "homogeneity"):
@@ -2017,7 +2076,7 @@ if all(importlib.util.find_spec(name) for name in ("transformers", "peft", "acce
                                            pairs[f"{name}.lora_B"] @ pairs[f"{name}.lora_A"], atol=1e-4, rtol=1e-3)
                 ours.get_parameter(f"{name}.lora_A").data.copy_(pairs[f"{name}.lora_A"])
                 ours.get_parameter(f"{name}.lora_B").data.copy_(pairs[f"{name}.lora_B"])
-        opt = torch.optim.AdamW(peers.parameter_groups(ours, peer, 1e-3))
+        opt = torch.optim.AdamW(peers.lora_plus_groups(ours, 1e-3) if peer == "lora+" else peers.learnt(ours).values(), lr=1e-3)
         their_opt = torch.optim.AdamW(pairs.values(), lr=1e-3)
         if peer == "lora+":
             their_opt = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16, loraplus_weight_decay=0.01)

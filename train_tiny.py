@@ -323,7 +323,7 @@ class Run:
         others = [p for p in self.trainable.values() if p.dim() != 2]
         groups, common = [{"params": decayed}, {"params": others, "weight_decay": 0.0}] if others else decayed, {"weight_decay": config["weight_decay"], "fused": True}
         if config.get("peer") == "lora+":
-            groups = peers.parameter_groups(self.model, "lora+", config["lr"])
+            groups = peers.lora_plus_groups(self.model, config["lr"])
         if config["optimizer"] == "sgd":
             self.optimizer = torch.optim.SGD(groups, config["lr"], momentum=config["momentum"], **common)
         else:
@@ -598,7 +598,7 @@ def step_time_ratio(config, other, pairs):
 COMPARED = ["full", "lora", "nalora", "nalora-neutral", "nalora-mask", "nalora-scale", "random-mask", "inverted-mask", "uniform-scale", "random-uniform"]
 CONTROLS = {"nalora": ["random-mask", "random-uniform"], "nalora-neutral": ["nalora"], "nalora-mask": ["random-mask", "inverted-mask"],
             "nalora-scale": ["uniform-scale"], **{f"nalora-{peer}": [peer] for peer in peers.PEERS}}
-TUNING_GRID = {"adamw": [2e-3, 4e-3, 8e-3, 1.6e-2], "sgd": [0.1, 0.3, 1.0, 3.0]}      # one grid for every variant
+TUNING_GRID = {"adamw": [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2], "sgd": [0.1, 0.3, 1.0, 3.0]}      # one grid for every variant
 SWEEPS = {"rank": [f"rank={r},alpha={2 * r}" for r in (1, 2, 4, 8, 16)], "train-size": ["train-size=100", "train-size=300", ""],
           "targets": ["", "targets=gate_proj+up_proj+down_proj", "targets=gate_proj"], "keep": [f"keep={k}" for k in (0.05, 0.1, 0.25, 0.5)],
           "score": ["score=phi_prime", "score=rho_prime", "score=downstream"], "optimizer": ["optimizer=adamw", "optimizer=sgd"]}
@@ -798,13 +798,18 @@ def observe(model, batches):
     return answer_gates(model, batches), {name: ffn.gate_proj.weight.detach() for name, ffn in ffns.items()}, {name: activation(ffn) for name, ffn in ffns.items()}
 
 
+def centred(act):
+    """phi(z) - phi(0): phi itself, but for NoRA, which moves phi(0) too and would give rho = phi / z a pole."""
+    return lambda z: act(z) - act(torch.zeros_like(z))
+
+
 def selection_measures(model, base, full):
     """{column: [value per FFN]} from what `observe` saw of the model, the base and the fully fine-tuned reference (or None). M and the
     cosine of shifts are taken of rho itself, since NoRA's activation is not the base's."""
-    z, w, acts = model
+    (z, w), acts = model[:2], {n: centred(act) for n, act in model[2].items()}
     columns = {"entropy": [selection_entropy(acts[n], z[n]).item() for n in z], "k_hat": [regime(gate_sums(acts[n], z[n])[-4:], z[n].size(1))[0].item() for n in z]}
     if full:
-        rho = lambda seen, n: selection_weight(seen[2][n], seen[0][n])
+        rho = lambda seen, n: selection_weight(centred(seen[2][n]), seen[0][n])
         moved, aim = ({n: rho(seen, n) - rho(base, n) for n in z} for seen in (model, full))
         columns["misalignment"] = [((moved[n] - aim[n]).norm() / aim[n].norm()).item() for n in z]
         columns["shift_cosine"] = [cosine(moved[n], aim[n]) for n in z]
@@ -845,7 +850,8 @@ def measure(args, variants, jobs, summaries):
     base_text_loss, base_seen, rows = text_loss(base), observe(base, run.validation), []
     full_of = {label: next((other for other, v in variants.items() if v["method"] == "full" and v["value"] in (None, own["value"])), None)
                for label, own in variants.items()}
-    lora = next((jobs[f"{label} seed={args.seeds[0]}"][1] for label, v in variants.items() if v["method"] != "full"), {"rank": 8, "targets": ALL_LINEAR})
+    configs = [jobs[f"{label} seed={args.seeds[0]}"][1] for label in variants]
+    lora = next((config for config in configs if "rank" in config), {"rank": 8, "targets": ALL_LINEAR})
     for seed in args.seeds:
         references = {label: trained_model(jobs[f"{label} seed={seed}"][0]) for label in set(full_of.values()) - {None}}
         seen = {label: observe(model, run.validation) for label, model in references.items()}
@@ -861,6 +867,10 @@ def measure(args, variants, jobs, summaries):
             row = {"variant": label, "seed": seed, "lr": config["lr"], **{k: summary[k] for k in (
                 "val_loss", "test_exact_match", "arithmetic_accuracy", "trainable_parameters", "peak_memory_mb", "file_bytes", "step_ms", "train_seconds")}}
             rows.append({**row, **measured, **{k: statistics.mean(v) for k, v in measured["layers"].items()}, "history": history(out)})
+        for label in references if len(args.seeds) > 1 and not args.sweep else ():         # how far apart two full fine-tunings are
+            other = observe(trained_model(jobs[f"{label} seed={args.seeds[args.seeds.index(seed) - 1]}"][0]), run.validation)
+            layers = selection_measures(other, base_seen, seen[label])
+            rows.append({"variant": "full, another seed", "seed": seed, "layers": layers, **{k: statistics.mean(v) for k, v in layers.items()}})
         for label, rank in itertools.product(references if not args.sweep else (), (lora["rank"], None)):
             model = truncated(references[label], base, lora["targets"], rank)
             layers = selection_measures(observe(model, run.validation), base_seen, seen[label])
@@ -945,9 +955,12 @@ def references(comparison, label):
     return of("lora") * (own["method"] != "lora") + controls
 
 
-def describe(difference, digits):
-    mean, low, high = difference
-    verdict = "no difference seen" if low <= 0 <= high else "lower" if mean < 0 else "higher"
+def describe(ours, theirs, digits):
+    """"mean [low, high] verdict" of ours - theirs, {seed: value} each; a called difference with the number of seeds that agree in its sign."""
+    mean, low, high = paired_difference(ours, theirs)
+    seeds = set(ours) & set(theirs)
+    agree = sum((ours[seed] - theirs[seed]) * mean > 0 for seed in seeds)
+    verdict = "no difference seen" if low <= 0 <= high else f"{'lower' if mean < 0 else 'higher'} in {agree} of {len(seeds)}"
     return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}] {verdict}"
 
 
@@ -978,7 +991,7 @@ def tables(comparison):
         text[name] = markdown_table(["", "lr", *(title for title, _ in columns.values())], [base, *lines])
     if len(comparison["seeds"]) > 1:
         columns = measured(comparison, DIFFERENCES)
-        difference = lambda label, other, k: describe(paired_difference(by_seed(comparison, label, k), by_seed(comparison, other, k)), columns[k][1])
+        difference = lambda label, other, k: describe(by_seed(comparison, label, k), by_seed(comparison, other, k), columns[k][1])
         text["differences"] = markdown_table(["", *(title for title, _ in columns.values())], [
             [f"{label} - {other}", *(difference(label, other, k) for k in columns)] for label in variants for other in references(comparison, label)])
     if comparison["step_time"]:
@@ -1016,12 +1029,13 @@ def with_tables(text, results):
 
 
 def report(results, readme):
-    """Draws the figures that span the comparisons in `results` and makes the README's tables anew."""
+    """Draws the figures of the comparisons in `results` and makes the README's tables anew, all from what was measured."""
     comparisons = {path.parent.name: read_json(path) for path in sorted(results.glob("*/comparison.json"))}
     if not comparisons:
         raise ValueError(f"{results} holds no comparison: make one with --compare --results {results}/NAME.")
     for name, comparison in comparisons.items():
         write_whole(results / name / "comparison.md", lambda path: path.write_text(markdown(comparison), encoding="utf-8"))
+        draw_comparison(comparison, results / name, anew=True)
     whole = {name: c for name, c in reversed(comparisons.items()) if {"full", "nalora"} <= set(c["variants"]) and not c["sweep"]}
     draw_homogeneity({c["base"]["path"]: c for c in whole.values()}, results / "homogeneity.png")                    # the first of each base
     draw_keep({name: c for name, c in comparisons.items() if c["sweep"] == "keep"}, results / "keep.png")
@@ -1049,7 +1063,8 @@ def new_figure(columns, width=9.0, height=3.2, rows=1):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    plt.rcParams.update({"axes.prop_cycle": matplotlib.cycler(color=COLOURS), "axes.spines.top": False, "axes.spines.right": False, "font.size": 9})
+    plt.rcParams.update({"axes.prop_cycle": matplotlib.cycler(color=COLOURS), "axes.spines.top": False, "axes.spines.right": False,
+                         "font.size": max(9, width), "axes.titlesize": "medium"})            # a README shows every width as one
     figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained")
     return figure, axes[0] if rows == 1 else axes
 
@@ -1101,37 +1116,36 @@ def draw_activations(path):
             kappa[z < 0] = math.nan                                 # 0/0: the code's convention there is 1, the curve has none
         for ax, y in zip(axes, (phi, rho, slope, kappa)):
             ax.plot(z, y, style, label={"silu": "SiLU", "gelu": "GELU", "relu": "ReLU"}[name])
-    titles = ("value  phi(z)", "selection weight  rho = phi/z", "responsiveness  phi'(z)", "homogeneity  kappa = z phi'/phi")
+    titles = ("value phi", "selection weight rho = phi/z", "responsiveness phi'", "homogeneity z phi'/phi")
     for ax, title in zip(axes, titles):
         ax.set(xlabel="gate pre-activation z")
-        ax.set_title(title, fontsize=10)
+        ax.set_title(title)
         ax.axvline(0, color="0.8", lw=0.8, zorder=0)
     axes[3].axhline(1, color="0.8", lw=0.8, zorder=0)
     axes[3].set_ylim(-2, 2)
-    axes[3].text(2.6, 0.1, "z > 0: kappa > 1,\nselection amplifies", fontsize=8, ha="center")
-    axes[3].text(-2.9, 1.4, "z < 0: kappa < 1,\nselection opposes", fontsize=8, ha="center")
+    axes[3].text(2.6, 0.1, "z > 0: kappa > 1,\nselection amplifies", fontsize=10, ha="center")
+    axes[3].text(-2.9, 1.4, "z < 0: kappa < 1,\nselection opposes", fontsize=10, ha="center")
     axes[0].legend(frameon=False)
     save_figure(figure, path)
 
 
-def draw_comparison(comparison, folder):
-    """The figures that comparison.json alone determines."""
-    if comparison["sweep"]:
-        draw_sweep(comparison, folder / "sweep.png")
-        return
-    if len(comparison["seeds"]) > 1 and "lora" in comparison["variants"]:
-        draw_differences(comparison, folder / "differences.png")
-    if any(row.get("weight_cosine") is not None for row in comparison["rows"]):
-        draw_alignment(comparison, folder / "alignment.png")
-    if any(row.get("history") for row in comparison["rows"]):
-        draw_training(comparison, folder / "training.png")
-    draw_homogeneity({comparison["base"]["path"]: comparison}, folder / "homogeneity.png")
+def draw_comparison(comparison, folder, anew=False):
+    """The figures that comparison.json alone determines; anew: only those that the folder has already."""
+    rows = comparison["rows"]
+    figures = {"sweep.png": (draw_sweep, comparison["sweep"]),
+               "differences.png": (draw_differences, not comparison["sweep"] and len(comparison["seeds"]) > 1 and "lora" in comparison["variants"]),
+               "alignment.png": (draw_alignment, not comparison["sweep"] and any(row.get("weight_cosine") is not None for row in rows)),
+               "training.png": (draw_training, not comparison["sweep"] and any(len(row.get("history", [])) > 1 for row in rows)),
+               "homogeneity.png": (lambda c, path: draw_homogeneity({c["base"]["path"]: c}, path), not comparison["sweep"])}
+    for name, (draw, possible) in figures.items():
+        if possible and (not anew or (folder / name).exists()):
+            draw(comparison, folder / name)
 
 
 # colour and marker of a method wherever several are drawn: squares do both, triangles mask, diamonds scale; oranges are controls
 STYLES = {"lora": ("#000000", "o"), "nalora": ("#0072B2", "s"), "nalora-neutral": ("#56B4E9", "s"), "random-uniform": ("#E69F00", "s"),
           "nalora-mask": ("#0072B2", "^"), "random-mask": ("#E69F00", "^"), "inverted-mask": ("#D55E00", "v"), "nalora-scale": ("#009E73", "D"),
-          "uniform-scale": ("#CC79A7", "D"), "full": ("#999999", "P")}
+          "uniform-scale": ("#CC79A7", "D"), "full": ("#999999", "P"), "full, another seed": ("#999999", "X")}
 
 
 def styles(labels):
@@ -1147,7 +1161,10 @@ def layer_means(comparison, label, column):
 
 def draw_alignment(comparison, path):
     """Per FFN and variant: cosine of the gate's weight change with full fine-tuning's, against that of the change of selection."""
-    labels = [label for label in dict.fromkeys(row["variant"] for row in comparison["rows"]) if comparison["variants"].get(label, {}).get("method") != "full"]
+    method = lambda label: comparison["variants"].get(label, {"method": label})["method"]
+    labels = [label for label in dict.fromkeys(row["variant"] for row in comparison["rows"]) if method(label) != "full"]
+    if len(labels) > 8:                                             # too many to tell apart
+        labels = [label for label in labels if method(label) in ("lora", "nalora", "random-mask", "inverted-mask") or label.startswith("full, ")]
     figure, (left, right) = new_figure(2, width=11, height=4.6)
     for label, (colour, marker) in styles(labels).items():
         style = {"color": colour, "marker": marker, "linestyle": "", "label": label, "markersize": 9 if "full, " in label else 5}
@@ -1209,20 +1226,20 @@ def draw_differences(comparison, path):
     """Paired difference of every variant to LoRA: one point per seed, the mean and its 95 % bootstrap interval."""
     labels = [label for label, v in comparison["variants"].items() if v["method"] not in ("lora", "full")][::-1]
     columns = {k: v for k, v in DIFFERENCES.items() if by_seed(comparison, "lora", k)}
-    figure, axes = new_figure(len(columns), width=12, height=0.32 * len(labels) + 1.2)
+    figure, axes = new_figure(len(columns), width=12, height=0.4 * len(labels) + 1.6)
     for ax, (column, (title, digits)) in zip(axes, columns.items()):
         lora = by_seed(comparison, "lora", column)
         for y, label in enumerate(labels):
             own = by_seed(comparison, label, column)
             mean, low, high = paired_difference(own, lora)
             colour = "#999999" if low <= 0 <= high else "#0072B2" if mean < 0 else "#D55E00"
-            ax.plot([own[s] - lora[s] for s in own if s in lora], [y - 0.22] * len(own), "|", color=colour, markersize=5, alpha=0.7)
+            ax.plot([own[s] - lora[s] for s in own if s in lora], [y - 0.3] * len(own), "|", color=colour, markersize=5, alpha=0.7)
             ax.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color=colour, capsize=2, markersize=4)
         ax.axvline(0, color="0.6", lw=0.8, zorder=0)
         ax.set_yticks(range(len(labels)), labels if ax is axes[0] else [""] * len(labels))
-        ax.set_title(title, fontsize=10)
+        ax.set_title(title)
         ax.set_xlabel(f"minus LoRA's ({statistics.mean(lora.values()):.{digits}f})")
-        ax.locator_params(axis="x", nbins=4)
+        ax.locator_params(axis="x", nbins=3)
     save_figure(figure, path)
 
 
