@@ -1668,11 +1668,11 @@ def test_weights_that_are_not_weights_are_refused(intact, tmp_path, file, spoil,
 
 
 def test_help_and_unknown_choices(capsys):
-    for argv, code in ((["--help"], 0), (["--method", "dora"], 2), (["--keep", "many"], 2)):
+    for argv, code in ((["--help"], 0), (["--method", "ia3"], 2), (["--keep", "many"], 2)):
         with pytest.raises(SystemExit) as stop:
             train_tiny.main(argv)
         assert stop.value.code == code
-    assert "dora" in capsys.readouterr().err
+    assert "ia3" in capsys.readouterr().err
 
 
 def test_corrupt_data_names_file_and_line(base, tmp_path, capsys):

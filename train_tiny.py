@@ -1038,7 +1038,7 @@ def report(results, readme):
         draw_comparison(comparison, results / name, anew=True)
     whole = {name: c for name, c in reversed(comparisons.items()) if {"full", "nalora"} <= set(c["variants"]) and not c["sweep"]}
     draw_homogeneity({c["base"]["path"]: c for c in whole.values()}, results / "homogeneity.png")                    # the first of each base
-    draw_keep({name: c for name, c in comparisons.items() if c["sweep"] == "keep"}, results / "keep.png")
+    draw_keep([c for c in comparisons.values() if c["sweep"] == "keep"], results / "keep.png")
     write_whole(readme, lambda path: path.write_text(with_tables(readme.read_text(encoding="utf-8"), results), encoding="utf-8"))
     print(f"{readme} and the figures in {results} are made anew from {', '.join(comparisons)}.")
 
@@ -1256,26 +1256,35 @@ def draw_keep(comparisons, path):
     if comparisons:
         figure, axes = new_figure(len(comparisons), width=2.2 + 3.4 * len(comparisons), height=3.4)
         handles = {}
-        for ax, (name, comparison) in zip(axes, comparisons.items()):
+        for ax, comparison in zip(axes, comparisons):
             draw_curves(ax, comparison)
-            ax.set(title=name)
+            ax.set(title=f"{comparison['base']['path']}, {comparison['configuration']['optimizer']}")
             handles |= {label: handle for handle, label in zip(*ax.get_legend_handles_labels())}
         figure.legend(handles.values(), handles, loc="outside right center", frameon=False)
         save_figure(figure, path)
 
 
 def draw_curves(ax, comparison):
+    """Loss against the value of the sweep with bands of one standard deviation, or side by side if there is but one value; across, what has none."""
     values = list(dict.fromkeys(v["value"] for v in comparison["variants"].values() if v["value"] is not None))
     ticks = [re.sub(r"(,.*|^.*?=)", "", value) or ALL_VALUES[comparison["sweep"]] for value in values]
-    for method, (colour, marker) in styles(dict.fromkeys(v["spec"] for v in comparison["variants"].values())).items():
-        of_value = {v["value"]: label for label, v in comparison["variants"].items() if v["spec"] == method}
-        labels = [of_value.get(value, of_value.get(None)) for value in values]
-        losses = [list(by_seed(comparison, label, "val_loss").values()) if label else [math.nan] for label in labels]
+    for i, (method, (colour, marker)) in enumerate(styles(dict.fromkeys(v["spec"] for v in comparison["variants"].values())).items()):
+        labels = [label for label, v in comparison["variants"].items() if v["spec"] == method]
+        losses = [list(by_seed(comparison, label, "val_loss").values()) for label in labels]
         means, deviations = np.array([np.mean(x) for x in losses]), np.array([np.std(x, ddof=1) if len(x) > 1 else 0 for x in losses])
-        ax.plot(range(len(values)), means, "--" if None in of_value else "-", marker="" if None in of_value else marker, color=colour, label=method, markersize=4)
-        ax.fill_between(range(len(values)), means - deviations, means + deviations, color=colour, alpha=0.2, lw=0)
+        if comparison["variants"][labels[0]]["value"] is None:
+            ax.axhline(means[0], linestyle="--", color=colour, label=method)
+            ax.axhspan(means[0] - deviations[0], means[0] + deviations[0], color=colour, alpha=0.2, lw=0)
+        elif len(values) == 1:
+            ax.errorbar([0.1 * i], means, yerr=deviations, fmt=marker, color=colour, label=method, markersize=4, capsize=3)
+        else:
+            ax.plot(range(len(values)), means, "-", marker=marker, color=colour, label=method, markersize=4)
+            ax.fill_between(range(len(values)), means - deviations, means + deviations, color=colour, alpha=0.2, lw=0)
     ax.set_xticks(range(len(values)), ticks)
     ax.set(xlabel=comparison["sweep"], ylabel="validation loss (nats per token)")
+    if len(values) == 1:
+        ax.set_xlim(-0.3, 0.8)
+        ax.set_xticks([0.25], ticks)
 
 
 def draw_at_work(jobs, seed, path):
