@@ -598,7 +598,7 @@ def step_time_ratio(config, other, pairs):
 COMPARED = ["full", "lora", "nalora", "nalora-neutral", "nalora-mask", "nalora-scale", "random-mask", "inverted-mask", "uniform-scale", "random-uniform"]
 CONTROLS = {"nalora": ["random-mask", "random-uniform"], "nalora-neutral": ["nalora"], "nalora-mask": ["random-mask", "inverted-mask"],
             "nalora-scale": ["uniform-scale"], **{f"nalora-{peer}": [peer] for peer in peers.PEERS}}
-TUNING_GRID = {"adamw": [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2], "sgd": [0.1, 0.3, 1.0, 3.0]}      # one grid for every variant
+TUNING_GRID = {"adamw": [1e-3, 2.5e-3, 6e-3, 1.5e-2], "sgd": [0.1, 0.3, 1.0, 3.0]}      # one grid for every variant
 SWEEPS = {"rank": [f"rank={r},alpha={2 * r}" for r in (1, 2, 4, 8, 16)], "train-size": ["train-size=100", "train-size=300", ""],
           "targets": ["", "targets=gate_proj+up_proj+down_proj", "targets=gate_proj"], "keep": [f"keep={k}" for k in (0.05, 0.1, 0.25, 0.5)],
           "score": ["score=phi_prime", "score=rho_prime", "score=downstream"], "optimizer": ["optimizer=adamw", "optimizer=sgd"]}
@@ -713,7 +713,8 @@ def tune(args, variants):
     """{label: {learning rate: mean validation loss over the tuning seeds, None where one diverged or there is no choice}}. No test data."""
     grids = {label: grid(args, label) for label in variants}
     name = "{} lr={:g} seed={}".format
-    summaries = run_jobs({name(label, lr, seed): (*job(args, label, lr, seed, test_size=0), False)
+    at_its_end = {"test_size": 0, "eval_every": 10**9}              # is how a tuning run is judged
+    summaries = run_jobs({name(label, lr, seed): (*job(args, label, lr, seed, **at_its_end), False)
                           for label, rates in grids.items() if len(rates) > 1 for lr in rates for seed in args.tuning_seeds}, args.jobs)
     losses = {label: dict.fromkeys(rates) for label, rates in grids.items()}
     for label, rates in grids.items():
