@@ -1,4 +1,5 @@
-"""NA-LoRA (Nonlinearity-Aware LoRA, arXiv 2606.31717) in one file: an unofficial, educational reference.
+"""NA-LoRA (Nonlinearity-Aware LoRA, arXiv 2606.31717) in one file: an unofficial, educational reference. Its formulas are our reading of
+the paper's public text, see WHOSE IS WHAT.
 
 THE IDEA. The feed-forward network (FFN) of a Llama computes h = phi(z) * u from a gate z = W_gate x and features u = W_up x. Its
 activation is self-gated, a value times a weight, phi(z) = rho(z) z, so moving a gate by delta moves two things at once:
@@ -9,23 +10,26 @@ activation is self-gated, a value times a weight, phi(z) = rho(z) z, so moving a
 LoRA treats its low-rank update as a change of features, yet it also changes which channels are selected: the paper calls this
 selection misalignment. The second term over the first is kappa(z) - 1, where kappa = z phi'/phi is the local degree of homogeneity
 (Euler: phi(t z) = t^k phi(z) for all t > 0 exactly when z phi' = k phi). kappa > 1: selection amplifies the move; kappa < 1: it
-opposes it; kappa = 1 (linear, ReLU): it stands still. NA-LoRA lets phi' and kappa steer the training of an ordinary LoRA adapter.
+opposes it; kappa = 1 (linear, ReLU): selection stands still. NA-LoRA lets phi' and kappa steer the training of an ordinary LoRA adapter.
 No extra loss, no extra parameter, nothing at inference.
 
-THE ALGORITHM. Given LoRA pairs (A, B) on gate_proj, up_proj and down_proj of every FFN, and any optimizer; keep 0.5, ema 0.9:
+THE ALGORITHM. Given LoRA pairs (A, B) on gate_proj, up_proj and down_proj of every FFN of F channels, and any optimizer; by default keep
+is 0.5, ema 0.9, stride 17:
 
-    forward   over every 17th token since the last step, per gate channel c:   score_c = mean |phi'(z_c)|
+    forward   over every stride-th token since the last step, per gate channel c:   score_c = mean |phi'(z_c)|
               over the same tokens and all channels:   k_hat = sum z phi'(z) phi(z) / sum phi(z)^2,   p = share of z > 0
     step      remember A and B, let the optimizer step as ever (its moments see the true gradients), then per FFN:
-              I     <- ema I + (1 - ema) score               temporal importance (F,), from 0; a hard mask reads its order only
+              I     <- ema I + (1 - ema) score               temporal importance (F,), from 0, which leaves its order as it is
               mask  <- the ceil(keep F) channels with the largest I
-              scale <- 1 / clip(k_hat, 1/2, 2)               but 1 if min(p, 1 - p) < 0.05 or phi has rho' = 0: no two regimes
+              scale <- 1 / clip(k_hat, 1/2, 2)               but 1 if min(p, 1 - p) < 0.05 or phi has rho' = 0: then there are
+                                                             no two regimes, kappa > 1 and kappa < 1, to tell apart
               row c of B_gate      <- before + mask_c scale (after - before)
               A_gate, A and B of up and down                 <- before + scale (after - before)
 
 Why change the step and not the gradient? Adam divides the size of a gradient away again, and its momentum and weight decay move
 rows whose gradient is zero. Putting rows back after the step is exact. All channels share A_gate, so it is scaled but not masked.
-Why 1 / k_hat? A relative change of a gate moves its phi by about k_hat times as much; the whole FFN is scaled to keep its balance.
+Why 1 / k_hat? A relative change of a gate moves its phi by about k_hat times as much. All six matrices of the FFN take the same scale,
+so that gate, up and down keep their sizes of step relative to each other.
 
 GLOSSARY. name in the code: symbol, meaning
     z                  z       gate pre-activation, (tokens, F); F channels are Hugging Face's `intermediate_size`
@@ -33,9 +37,10 @@ GLOSSARY. name in the code: symbol, meaning
     selection_weight   rho     phi(z) / z, the weight that z is given; SiLU: sigmoid(z)
     slope              phi'    derivative, by autograd
     homogeneity        kappa   z phi' / phi = 1 + z rho' / rho, per element; SiLU: 1 + z (1 - sigmoid(z))
-    k_hat              k_hat   effective homogeneity: the one degree that fits a layer best
+    k_hat              -       effective homogeneity: the one degree that fits a layer best
     occupancy          p       share of z > 0, the coarse partition: for SiLU and GELU kappa > 1 exactly where z > 0
-    importance, mask   I, m    moving average of |phi'| per gate channel; the channels whose row of B_gate may move
+    score, importance  -, I    mean |phi'| of a gate channel over the tokens of a step; its moving average over steps
+    mask, scale        m, s    the channels whose row of B_gate may move; what the step of an FFN is multiplied by
     lora_A, lora_B     A, B    y = W x + (alpha / rank) B A x, A (rank, in), B (out, rank)
 
 WHOSE IS WHAT. The paper's public text (abstract and captions) states: selection misalignment and its link to "the local effective
@@ -43,8 +48,8 @@ homogeneity of self-gated activations"; "a derivative-based temporal-importance 
 specific step-scaling rule when a meaningful coarse effective-homogeneity partition is available". No equation of it is public to
 us. Every formula here is OUR reading of these words: phi' as the derivative, its mean over tokens, ema, keep, the hard cut, acting
 on the step and on B_gate alone, the least-squares k_hat, the partition by sign with its 5 % rule (meant for SiLU and GELU), 1/k_hat,
-its clip and its reach over the whole FFN, budget="neutral", and both measures. The controls (random, inverted, uniform) answer a
-public review. Never cite this file as the authors' method.
+its clip and its reach over the whole FFN, budget="neutral", the other scores, and the measures of section 4. The controls (random,
+inverted, uniform) answer a public review of the paper. Never cite this file as the authors' method.
 
 MAP. 1 the mathematics of selection - 2 LoRA - 3 NA-LoRA - 4 measures - 5 the Llama it is shown on - 6 wiring and files
 """
@@ -64,7 +69,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-# ---- 1. The mathematics of selection. `act` is any elementwise activation, z any float tensor; no state, no modules. --------------
+# ---- 1. The mathematics of selection. `act` is any elementwise, self-gated activation, z any float tensor; no state, no modules. ----
 
 def value_and_slope(act, z):
     """phi(z) and phi'(z), each shaped like z. Autograd differentiates, so any elementwise activation will do."""
@@ -92,11 +97,11 @@ def widen(t):
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 def gate_sums(act, z, tokens=None, score="phi_prime", reach=None):
-    """All that NA-LoRA keeps of gates z (..., T, F): flat vectors of sums (..., F + 4), so that microbatches simply add up.
+    """Gates z (..., T, F) -> (..., F + 4), sums over the T tokens, so that microbatches simply add up; NA-LoRA keeps nothing else of z.
 
-    tokens (..., T): 1 where a token counts and 0 for padding; None counts all. reach (..., T, F), for score="downstream": |u| times the norm
-    of W_down's column, how far a move of phi reaches. The entries are the score of each channel (F), the number of tokens, and over
-    tokens and channels: sum z phi'(z) phi(z), sum phi(z)^2, how many z > 0.
+    The entries: the score of each channel (F), the number of tokens, and over tokens and channels: sum z phi'(z) phi(z), sum phi(z)^2,
+    how many z > 0. tokens (..., T): 1 where a token counts and 0 for padding; None counts all. reach (..., T, F), for score="downstream":
+    |u| times the norm of W_down's column, how far a move of phi reaches.
     """
     z = widen(z)
     tokens = z.new_ones(z.shape[:-1]) if tokens is None else tokens.to(z).expand(z.shape[:-1])
@@ -104,13 +109,14 @@ def gate_sums(act, z, tokens=None, score="phi_prime", reach=None):
     phi, slope = value_and_slope(act, z)                                                    # (..., T, F) each
     scores = slope.abs()
     if score == "downstream":
-        scores = scores * reach
+        scores = scores * torch.where(tokens[..., None] > 0, reach, 0)
     if score == "rho_prime":
         nearby = torch.where(z.abs() < 1e-3, 1e-3, z)                                       # rho' = (phi' - rho) / z cancels at 0
         phi_nearby, slope_nearby = value_and_slope(act, nearby)
         scores = ((slope_nearby - phi_nearby / nearby) / nearby).abs()
     totals = [tokens.sum(-1), (z * slope * phi).sum((-2, -1)), (phi * phi).sum((-2, -1)), (z > 0).to(z).sum((-2, -1))]
-    return torch.cat([(tokens[..., None, :] @ scores).squeeze(-2), torch.stack(totals, -1)], -1)
+    with torch.autocast(z.device.type, enabled=False):  # else the product is taken in half precision
+        return torch.cat([(tokens[..., None, :] @ scores).squeeze(-2), torch.stack(totals, -1)], -1)
 
 def regime(totals, channels):
     """(k_hat, occupancy), (...) each, of the last four entries of `gate_sums`, totals (..., 4), over `channels` channels.
@@ -121,7 +127,7 @@ def regime(totals, channels):
 
 def selects(act):
     """Whether the selection weight moves at all: False for linear and ReLU, whose rho' = 0 and whose regimes are thus one."""
-    weights = list(act.parameters()) if isinstance(act, nn.Module) else []                  # it may have some, on any device
+    weights = [*act.parameters(), *act.buffers()] if isinstance(act, nn.Module) else []     # it may have some, on any device
     z = torch.linspace(-4, 4, 33, device=weights[0].device if weights else None)
     return not torch.allclose(homogeneity(act, z), torch.ones_like(z), atol=1e-5)
 
@@ -146,12 +152,12 @@ def step_scale(k_hat, occupancy):
 class LoRALinear(nn.Module):
     """y = base_layer(x) + (alpha / rank) B A x. A and B train in float32 whatever the base's dtype; B = 0 makes the start an exact no-op.
 
-    base: nn.Linear, frozen here. ValueError unless rank is a whole number from 1 to min(in, out).
+    base: nn.Linear, frozen here. ValueError unless rank is a whole number from 1 to min(in, out) and alpha is above zero.
     """
 
     def __init__(self, base, rank, alpha):
         super().__init__()
-        check_rank(rank, base, "this layer")
+        check_size(rank, alpha, base, "this layer")
         self.base_layer, self.rank, self.alpha, self.scaling = base.requires_grad_(False), rank, alpha, alpha / rank
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, dtype=torch.float32, device=base.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=base.weight.device))
@@ -162,6 +168,13 @@ class LoRALinear(nn.Module):
         low = F.linear(x.to(self.lora_A.dtype), self.lora_A) * self.scaling                 # (..., rank)
         return y + (low @ self.lora_B.t().contiguous()).to(y.dtype)                         # contiguous: a faster backward for B
 
+def check_size(rank, alpha, linear, name):
+    largest = min(linear.in_features, linear.out_features)
+    if not (type(rank) is int and 1 <= rank <= largest):
+        raise ValueError(f"rank is {rank}, but {name} takes a whole number from 1 to {largest}.")
+    if not (isinstance(alpha, (int, float)) and 0 < alpha < 1e12):
+        raise ValueError(f"alpha is {alpha}: the update is scaled by alpha / rank, so give a number above zero.")
+
 # ---- 3. NA-LoRA: what is observed, what is decided, what is done to the step -------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -170,7 +183,7 @@ class NALoRAConfig:
     mask: str = "derivative"        # "derivative" | "inverted" (the least important) | "random" (fixed rows) | "none"
     keep: float = 0.5               # share of the gate channels whose row of B_gate moves, in (0, 1]
     scale: str = "homogeneity"      # "homogeneity" | "uniform" (every FFN takes the arithmetic mean of those scales) | "none"
-    budget: str = "raw"             # "neutral": mask / its mean and scales / their geometric mean over FFNs; the mean step stays LoRA's
+    budget: str = "raw"             # "neutral": mask divided by its mean, scales by their geometric mean over FFNs; the mean step stays LoRA's
     score: str = "phi_prime"        # "phi_prime": |phi'| | "rho_prime": |rho'| | "downstream": |phi' u| times the norm of W_down's column
     ema: float = 0.9                # decay of the importance per step, in [0, 1)
     stride: int = 17                # observe every 17th token, one place later at each step, so that all places get their turn
@@ -193,7 +206,8 @@ class NALoRA:
     def __init__(self, model, optimizer, config=None, gate="gate_proj"):
         self.config = config = config or NALoRAConfig()
         self._optimizer = optimizer = getattr(optimizer, "optimizer", optimizer)            # inside Accelerate's wrapper
-        self.token_mask, self._steps, self._samples, self._sums, self._seen, self._before, self._handles = None, 0, {}, {}, {}, [], []
+        self.token_mask, self._steps, self._handles = None, 0, []
+        self._samples, self._sums, self._seen, self._before = {}, {}, {}, []                # of one pass; the rest of one step
         self._ffns, self._gate, self._version = find_ffns(model, gate), gate.split(".")[-1], None
         self._state = {name: initial_state(config, i, getattr(ffn, self._gate)) for i, (name, ffn) in enumerate(self._ffns.items())}
         self._controlled = [entry for name, ffn in self._ffns.items() for entry in controlled_parameters(config, name, ffn, self._gate)]
@@ -216,90 +230,24 @@ class NALoRA:
 
     @torch.compiler.disable
     def _observe(self, key, linear, inputs, z):
-        """Forward hook of a gate (key: its FFN's name and its own). Training only: evaluation must leave no trace in the statistics."""
+        """Forward hook of a gate, and of up_proj for score="downstream" (key: the names of FFN and layer; z: its output). Training only:
+        evaluation must leave no trace in the statistics."""
         if linear.training and torch.is_grad_enabled():
             flat = z.dim() == 2 and self.token_mask is not None and self.token_mask.numel() == len(z)   # some models flatten (batch, seq)
             if self.token_mask is not None and self.token_mask.shape != z.shape[:-1] and not flat:
                 raise ValueError(f"token_mask is {tuple(self.token_mask.shape)} but the gates see tokens {tuple(z.shape[:-1])}: "
                                  "set it anew before each forward pass, or to None.")
-            if self._version not in (None, self._controlled[0][2]._version):
+            if self._version not in (None, self._controlled[0][2]._version) and not self._before:         # a closure runs inside the step
                 self._version = None
                 warnings.warn("The LoRA parameters moved, but NALoRA's hooks were not called: make it with the optimizer whose step() runs "
                               "(and remove() any earlier one).", stacklevel=3)
             if key in self._samples:                                                        # another microbatch has begun
                 self._add_up()
             seen, stride = self._seen.get(key, 0), self.config.stride
+            # token number i of this step is observed if i leaves the same rest by stride as the number of the step
             every, self._seen[key] = slice((self._steps - seen) % stride, None, stride), seen + z.shape[:-1].numel()
             tokens = None if self.token_mask is None else self.token_mask.flatten()[every].ne(0)
             self._samples[key] = z.detach().flatten(0, -2)[every].clone(), tokens           # (T, F), (T,)
-
-    def _after_backward(self, parameter):
-        self._version = parameter._version                                                  # changes with every step
-
-    def _add_up(self):
-        """Adds the sums of the samples of one forward pass to those of this step, all FFNs of one shape at once."""
-        alike = {}
-        for (name, part), (z, tokens) in self._samples.items():
-            if part == self._gate:
-                alike.setdefault((z.shape, z.device, tokens is None, kind(activation(self._ffns[name]))), []).append(name)
-        for names in alike.values():
-            samples, masks = zip(*(self._samples[name, self._gate] for name in names))
-            z, tokens = torch.stack(samples), None if masks[0] is None else torch.stack(masks).to(samples[0].device)      # (FFNs, T, F), (FFNs, T)
-            reach = [self._samples[name, "up_proj"][0].abs() * self._norms[name] for name in names] if self._norms else []
-            with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):        # not those of gradient checkpointing
-                all_sums = gate_sums(activation(self._ffns[names[0]]), z, tokens, self.config.score, torch.stack(reach) if reach else None)
-            all_sums = torch.where(all_sums.sum(-1, keepdim=True).isfinite(), all_sums, 0)  # an overflowed pass counts nothing
-            for name, sums in zip(names, all_sums):
-                self._sums[name] = self._sums[name] + sums if name in self._sums else sums
-        self._samples = {}
-
-    def _reduce(self):
-        """Adds up the sums of all ranks, so that they decide alike; an FFN that a rank has not seen counts nothing there."""
-        if self._observes and torch.distributed.is_available() and torch.distributed.is_initialized():
-            widths = {name: len(s["importance"]) + 4 for name, s in self._state.items()}
-            zeros = lambda name: self._state[name]["importance"].new_zeros(widths[name])
-            flat = torch.cat([self._sums.get(name, zeros(name)).to(self._selects.device) for name in widths])
-            torch.distributed.all_reduce(flat)
-            self._sums = {name: sums.to(self._state[name]["scale"].device) for name, sums in zip(widths, flat.split(list(widths.values())))}
-
-    def _decide(self):
-        """The sums since the last step -> importance, mask, k_hat, occupancy, scale. Stays on the device: no host synchronisation."""
-        c, states, alike = self.config, self._state.values(), {}
-        for name, sums in self._sums.items():
-            alike.setdefault((sums.shape, sums.device), []).append(name)
-        for names in alike.values():                                                        # all FFNs of one width at once
-            old = {key: torch.stack([self._state[name][key] for name in names]) for key in self._state[names[0]]}
-            sums = torch.stack([self._sums[name] for name in names]).to(old["importance"])  # (FFNs, F + 4)
-            importance = torch.lerp(sums[:, :-4] / sums[:, -4:-3], old["importance"], c.ema)                        # (FFNs, F)
-            k_hat, occupancy = regime(sums[:, -4:], importance.size(-1))                    # (FFNs,) each
-            new = dict(old, importance=importance, k_hat=k_hat, occupancy=occupancy)
-            if c.mask in ("derivative", "inverted"):
-                new["mask"] = importance_mask(importance if c.mask == "derivative" else -importance, c.keep)
-            usable = sums[:, -4] > 0                                                        # not all padding
-            for key in ("importance", "mask", "k_hat", "occupancy"):
-                chosen = torch.where(usable if new[key].dim() == 1 else usable[:, None], new[key], old[key])
-                for name, value in zip(names, chosen):
-                    self._state[name][key] = value
-        if c.scale != "none":
-            k_hats, occupancies = (torch.stack([s[key].to(self._selects.device) for s in states]) for key in ("k_hat", "occupancy"))    # (FFNs,)
-            scales = torch.where(self._selects, step_scale(k_hats, occupancies), 1)
-            if c.scale == "uniform":
-                scales = scales.mean().expand_as(scales)
-            if c.budget == "neutral":
-                scales = scales / scales.log().mean().exp()
-            for state, scale in zip(states, scales):
-                state["scale"] = scale.to(state["importance"].device)
-
-    def _factor(self, state, is_gate_B):
-        """What the step of a parameter is multiplied by: a number, or for B_gate one per row, (F, 1)."""
-        if not is_gate_B:
-            return state["scale"]
-        rows = state["mask"].to(state["scale"])                                             # (F,)
-        return state["scale"] * (rows / rows.mean() if self.config.budget == "neutral" else rows)[:, None]
-
-    def _active(self):
-        """Which adapters train now, told by the first gate."""
-        return [id(p) for pair in lora_pairs(getattr(next(iter(self._ffns.values())), self._gate)) for p in pair]
 
     def _before_step(self, optimizer, args, kwargs):
         self._before = [p.detach().clone() for _, _, p in self._controlled]
@@ -323,6 +271,74 @@ class NALoRA:
             # lerp is exact at both ends: 0 puts a row back, 1 leaves the step
             p.copy_(torch.lerp(widen(before), widen(p), self._factor(self._state[name], is_gate_B)))
         self._before = []
+
+    def _decide(self):
+        """The sums since the last step -> importance, mask, k_hat, occupancy, scale. Stays on the device: no host synchronisation."""
+        c, states, alike = self.config, self._state.values(), {}
+        for name, sums in self._sums.items():
+            alike.setdefault((sums.shape, sums.device), []).append(name)
+        for names in alike.values():                                                        # all FFNs of one width at once
+            old = {key: torch.stack([self._state[name][key] for name in names]) for key in self._state[names[0]]}
+            sums = torch.stack([self._sums[name] for name in names]).to(old["importance"])  # (FFNs, F + 4)
+            importance = torch.lerp(sums[:, :-4] / sums[:, -4:-3], old["importance"], c.ema)                        # (FFNs, F)
+            k_hat, occupancy = regime(sums[:, -4:], importance.size(-1))                    # (FFNs,) each
+            new = dict(old, importance=importance, k_hat=k_hat, occupancy=occupancy)
+            if c.mask in ("derivative", "inverted"):
+                new["mask"] = importance_mask(importance if c.mask == "derivative" else -importance, c.keep)
+            usable = sums[:, -4] > 0                                                        # a token was seen, else all stays as it was
+            for key in ("importance", "mask", "k_hat", "occupancy"):
+                chosen = torch.where(usable if new[key].dim() == 1 else usable[:, None], new[key], old[key])
+                for name, value in zip(names, chosen):
+                    self._state[name][key] = value
+        if c.scale != "none":
+            k_hats, occupancies = (torch.stack([s[key].to(self._selects.device) for s in states]) for key in ("k_hat", "occupancy"))    # (FFNs,)
+            scales = torch.where(self._selects, step_scale(k_hats, occupancies), 1)
+            if c.scale == "uniform":
+                scales = scales.mean().expand_as(scales)
+            if c.budget == "neutral":
+                scales = scales / scales.log().mean().exp()
+            for state, scale in zip(states, scales):
+                state["scale"] = scale.to(state["importance"].device)
+
+    def _factor(self, state, is_gate_B):
+        """What the step of a parameter is multiplied by: a number, or for B_gate one per row, (F, 1)."""
+        if not is_gate_B:
+            return state["scale"]
+        rows = state["mask"].to(state["scale"])                                             # (F,)
+        return state["scale"] * (rows / rows.mean() if self.config.budget == "neutral" else rows)[:, None]
+
+    def _add_up(self):
+        """Adds the sums of the samples of one forward pass to those of this step, all FFNs of one shape at once."""
+        alike = {}
+        for (name, part), (z, tokens) in self._samples.items():
+            if part == self._gate:
+                alike.setdefault((z.shape, z.device, tokens is None, kind(activation(self._ffns[name]))), []).append(name)
+        for names in alike.values():
+            samples, masks = zip(*(self._samples[name, self._gate] for name in names))
+            z, tokens = torch.stack(samples), None if masks[0] is None else torch.stack(masks).to(samples[0].device)      # (FFNs, T, F), (FFNs, T)
+            reach = [self._samples[name, "up_proj"][0].abs() * self._norms[name] for name in names] if self._norms else []
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):        # gradient checkpointing shall not record this
+                all_sums = gate_sums(activation(self._ffns[names[0]]), z, tokens, self.config.score, torch.stack(reach) if reach else None)
+            all_sums = torch.where(all_sums.sum(-1, keepdim=True).isfinite(), all_sums, 0)  # an overflowed pass counts nothing
+            for name, sums in zip(names, all_sums):
+                self._sums[name] = self._sums[name] + sums if name in self._sums else sums
+        self._samples = {}
+
+    def _reduce(self):
+        """Adds up the sums of all ranks, so that they decide alike; an FFN that a rank has not seen counts nothing there."""
+        if self._observes and torch.distributed.is_available() and torch.distributed.is_initialized():
+            widths = {name: len(s["importance"]) + 4 for name, s in self._state.items()}
+            zeros = lambda name: self._state[name]["importance"].new_zeros(widths[name])
+            flat = torch.cat([self._sums.get(name, zeros(name)).to(self._selects.device) for name in widths])
+            torch.distributed.all_reduce(flat)
+            self._sums = {name: sums.to(self._state[name]["scale"].device) for name, sums in zip(widths, flat.split(list(widths.values())))}
+
+    def _after_backward(self, parameter):
+        self._version = parameter._version                                                  # if it changed at the next pass, somebody stepped
+
+    def _active(self):
+        """Which adapters train now, told by the first gate."""
+        return [id(p) for pair in lora_pairs(getattr(next(iter(self._ffns.values())), self._gate)) for p in pair]
 
     def statistics(self):
         """{FFN module name: {"importance" (F,), "mask" (F,) bool, "k_hat", "occupancy", "scale": floats}} of the last step.
@@ -362,7 +378,7 @@ def activation(ffn):
     return next((act for act in named if callable(act)), None)
 
 def kind(act):
-    """Equal for activations that may be evaluated together: same function, and no parameters of their own."""
+    """Equal for activations that may be evaluated in one call: same function, and no parameters of their own."""
     return id(act) if isinstance(act, nn.Module) and any(True for _ in act.parameters()) else repr(act)
 
 def lora_pairs(module):
@@ -423,10 +439,10 @@ def controlled_parameters(config, name, ffn, gate):
     """Yields (FFN name, whether it is B_gate, parameter) of what the method steers: B_gate by the mask, every pair by the scale."""
     for part, linear in ffn.named_children():
         for A, B in lora_pairs(linear):
-            if part == gate and (config.mask, config.scale) != ("none", "none"):
-                yield name, True, B
+            if config.scale != "none" or config.mask != "none" and part == gate:
+                yield name, part == gate, B
             if config.scale != "none":
-                yield from ((name, False, p) for p in (A, B) if part != gate or p is A)
+                yield name, False, A
 
 def check_config(c):
     choices = {"mask": ("derivative", "inverted", "random", "none"), "scale": ("homogeneity", "uniform", "none"),
@@ -437,17 +453,14 @@ def check_config(c):
     if not isinstance(c.keep, (int, float)):
         raise ValueError(f"keep is {c.keep!r}: give a number in (0, 1].")
     importance_mask(torch.ones(1), c.keep)                                                  # refuses a keep outside (0, 1]
-    if not 0 <= c.ema < 1:
-        raise ValueError(f"ema is {c.ema}: give a number in [0, 1).")
-    if not (isinstance(c.stride, int) and c.stride >= 1):
-        raise ValueError(f"stride is {c.stride}: give a whole number of at least 1 (1 observes every token).")
+    if not (isinstance(c.ema, (int, float)) and 0 <= c.ema < 1):
+        raise ValueError(f"ema is {c.ema!r}: give a number in [0, 1).")
+    if not (type(c.stride) is int and c.stride >= 1):
+        raise ValueError(f"stride is {c.stride!r}: give a whole number of at least 1 (1 observes every token).")
+    if type(c.seed) is not int:
+        raise ValueError(f"seed is {c.seed!r}: give a whole number.")
     if c.scale == "uniform" and c.budget == "neutral":
         raise ValueError("scale='uniform' with budget='neutral' divides out to exactly 1: say scale='none'.")
-
-def check_rank(rank, linear, name):
-    largest = min(linear.in_features, linear.out_features)
-    if not (isinstance(rank, int) and 1 <= rank <= largest):
-        raise ValueError(f"rank is {rank}, but {name} takes a whole number from 1 to {largest}.")
 
 # ---- 4. Measures of selection (ours) -----------------------------------------------------------------------------------------------
 
@@ -459,7 +472,7 @@ def selection_misalignment(act, z, z_full, z_base):
     """M = ||rho(z) - rho(z_full)|| / ||rho(z_full) - rho(z_base)||, 0-dim: gates of one layer on the same tokens, all of one shape,
     in the adapted, the fully fine-tuned and the base model. 0: full fine-tuning's selection; 1: no better than not adapting.
     ValueError if full fine-tuning moved no selection (0/0)."""
-    rho, rho_full, rho_base = (selection_weight(act, t) for t in (z, z_full, z_base))
+    rho, rho_full, rho_base = (selection_weight(act, widen(t)) for t in (z, z_full, z_base))
     moved = (rho_full - rho_base).norm()
     if moved == 0:
         raise ValueError("Full fine-tuning moved no selection weight here, so the misalignment is 0/0.")
@@ -467,6 +480,7 @@ def selection_misalignment(act, z, z_full, z_base):
 
 def selection_entropy(act, z):
     """H = -sum p log p / log F in [0, 1], 0-dim, of z (tokens, F), p_c ~ mean |phi'(z_c)| rho(z_c). 1: all channels respond alike."""
+    z = widen(z)
     p = (value_and_slope(act, z)[1].abs() * selection_weight(act, z)).mean(0).clamp(min=0)  # (F,)
     return torch.special.entr(p / p.sum()).sum() / math.log(len(p))
 
@@ -491,6 +505,8 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
+    bos_token_id: int = None                # not used here; kept for whoever generates with what is saved
+    eos_token_id: int = None
 
     def __post_init__(self):
         object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or self.num_attention_heads)
@@ -676,7 +692,7 @@ def inject_lora(model, targets, rank=8, alpha=16):
             raise ValueError(f"The target {target!r} matches no linear layer; there are {', '.join(sorted({n.split('.')[-1] for n in linears}))}.")
         chosen |= matches
     for name in chosen:
-        check_rank(rank, linears[name], name)
+        check_size(rank, alpha, linears[name], name)
     if not chosen:
         raise ValueError("No targets are given: name at least one linear layer, such as 'gate_proj'.")
     model.requires_grad_(False)
@@ -760,7 +776,9 @@ def load_adapter(model, directory):
     if present and present != dict.fromkeys(names, (rank, alpha)):
         raise ValueError(f"The adapter in {directory} (rank {rank}, alpha {alpha}, {len(names)} modules) differs from the LoRA already in the model.")
     if (directory / "nalora.json").exists():
-        saved, here = read_json(directory / "nalora.json").get("base", {}), fingerprint({n: linears[n] for n in names})
+        saved, here = read_json(directory / "nalora.json").get("base"), fingerprint({n: linears[n] for n in names})
+        if not isinstance(saved, dict) or not all(isinstance(norm, (int, float)) for norm in saved.values()):
+            raise ValueError(f"{directory / 'nalora.json'} is not what save_adapter wrote: its \"base\" holds no norms. Delete it to load the adapter unchecked.")
         if any(not math.isclose(saved.get(n, here[n]), here[n], rel_tol=0.01) for n in names):
             raise ValueError(f"The adapter in {directory} was trained on another base model: the weights differ from those of this one.")
     if not present:

@@ -243,13 +243,14 @@ def test_merge_refuses_a_tied_weight():
     assert len(nalora.lora_layers(model)) == 3
 
 
-@pytest.mark.parametrize("targets, rank, message", [(["q_prj"], 4, "'q_prj' matches no linear layer; there are down_proj, gate_proj"), ([], 4, "No targets"),
-                                                    (["q_proj"], 0, "rank is 0"), (["q_proj"], 33, "from 1 to 32"), (["q_proj"], 2.0, "rank is 2.0"),
-                                                    (["roj"], 4, "matches no")])
-def test_inject_refuses(targets, rank, message):
+@pytest.mark.parametrize("targets, rank, alpha, message", [
+    (["q_prj"], 4, 8, "'q_prj' matches no linear layer; there are down_proj, gate_proj"), ([], 4, 8, "No targets"), (["roj"], 4, 8, "matches no"),
+    (["q_proj"], 0, 8, "rank is 0"), (["q_proj"], 33, 8, "from 1 to 32"), (["q_proj"], 2.0, 8, "rank is 2.0"), (["q_proj"], True, 8, "rank is True"),
+    (["q_proj"], 4, 0, "alpha is 0"), (["q_proj"], 4, "8", "alpha is 8"), (["q_proj"], 4, math.nan, "alpha is nan")])
+def test_inject_refuses(targets, rank, alpha, message):
     model = small_llama()
     with pytest.raises(ValueError, match=message):
-        inject_lora(model, targets, rank, 8)
+        inject_lora(model, targets, rank, alpha)
     assert all(p.requires_grad for p in model.parameters()) and not any(isinstance(m, LoRALinear) for m in model.modules())
 
 
@@ -570,6 +571,26 @@ def test_autocast(dtype, tolerance):
         torch.testing.assert_close(a["importance"], b["importance"], atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("score", ["phi_prime", "rho_prime", "downstream"])
+def test_no_sum_is_taken_in_half_precision(score):
+    """Neither under autocast, as when one microbatch is summed up in the forward pass of the next, nor of gates that are half themselves."""
+    torch.manual_seed(0)
+    z, reach = torch.randn(2, 300, 48), torch.rand(2, 300, 48)
+    with torch.autocast("cpu", torch.bfloat16):
+        sums = nalora.gate_sums(F.silu, z, None, score, reach)
+    assert torch.equal(sums, nalora.gate_sums(F.silu, z, None, score, reach))
+    half = z[0].bfloat16()
+    for measure in (selection_entropy, lambda act, z: selection_misalignment(act, z, 2 * z, z / 2)):
+        assert measure(F.silu, half) == measure(F.silu, half.float())
+
+
+def test_padding_may_hold_anything():
+    z, reach, tokens = torch.randn(9, 48), torch.rand(9, 48), torch.tensor([1] * 5 + [0] * 4)
+    expected = nalora.gate_sums(F.silu, z[:5], None, "downstream", reach[:5])
+    z[5:], reach[5:] = math.nan, math.inf
+    torch.testing.assert_close(nalora.gate_sums(F.silu, z, tokens, "downstream", reach), expected)
+
+
 def test_gates_that_are_all_zero():
     model = lora_llama()
     model.model.layers[0].mlp.gate_proj.base_layer.weight.data.zero_()
@@ -672,6 +693,19 @@ def test_it_warns_when_the_optimizer_it_was_given_is_not_the_one_that_steps():
         take_step(model, other, 1)
 
 
+def test_an_optimizer_that_evaluates_a_closure_is_no_reason_to_warn(recwarn):
+    model, opt, tool = start(NALoRAConfig(), optimizer=torch.optim.LBFGS, max_iter=3)
+
+    def closure():
+        opt.zero_grad()
+        loss = model(*batch(0))[1]
+        loss.backward()
+        return loss
+
+    opt.step(closure), opt.step(closure)
+    assert tool.state_dict()["steps"] == 2 and not [w for w in recwarn if "NALoRA" in str(w.message)]
+
+
 def test_nalora_refuses():
     model = lora_llama(["q_proj", "up_proj"])
     with pytest.raises(ValueError, match="No gated FFN here has LoRA"):
@@ -719,7 +753,7 @@ def test_sharded_parameters_are_refused():
 
 
 @pytest.mark.parametrize("setting, message", [({"keep": 0}, "keep is 0"), ({"keep": 1.5}, "keep is 1.5"), ({"keep": "0.5"}, "keep is '0.5'"), ({"keep": math.nan}, "keep is nan"),
-                                              ({"ema": 1.0}, "ema is 1.0"), ({"mask": "top"}, "mask is 'top'"), ({"scale": None}, "scale is None"),
+                                              ({"ema": 1.0}, "ema is 1.0"), ({"ema": "x"}, "ema is 'x'"), ({"seed": 0.5}, "seed is 0.5"), ({"stride": True}, "stride is True"), ({"mask": "top"}, "mask is 'top'"), ({"scale": None}, "scale is None"),
                                               ({"budget": "free"}, "budget"), ({"score": "phi"}, "score"), ({"stride": 0}, "stride is 0"),
                                               ({"scale": "uniform", "budget": "neutral"}, "exactly 1")])
 def test_config_refuses(setting, message):
@@ -947,10 +981,10 @@ def test_checkpoint_round_trip_and_shards(tmp_path, tied):
 
 
 def test_config_reads_both_rope_spellings():
-    d = {**asdict(SMALL), "model_type": "llama", "torch_dtype": "float32", "rope_theta": 5e5, "rope_scaling": None, "attention_bias": False}
-    assert LlamaConfig.from_dict(d) == replace(SMALL, rope_theta=5e5)
+    d = {**asdict(SMALL), "model_type": "llama", "torch_dtype": "float32", "eos_token_id": [3, 7], "rope_theta": 5e5, "rope_scaling": None, "attention_bias": False}
+    assert LlamaConfig.from_dict(d) == replace(SMALL, rope_theta=5e5, eos_token_id=[3, 7])
     del d["rope_theta"]
-    assert LlamaConfig.from_dict({**d, "rope_parameters": {"rope_theta": 7e5, "rope_type": "default"}}) == replace(SMALL, rope_theta=7e5)
+    assert LlamaConfig.from_dict({**d, "rope_parameters": {"rope_theta": 7e5, "rope_type": "default"}}) == replace(SMALL, rope_theta=7e5, eos_token_id=[3, 7])
 
 
 @pytest.mark.parametrize("change, named", [({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"), ({"sliding_window": 512}, "sliding_window"),
@@ -1030,6 +1064,8 @@ def test_partial_targets_are_written_by_their_full_names(tmp_path):
     (lambda d, c, m: save_adapter(trained_lora(hidden_size=48, head_dim=12), d), "other module names or shapes"),
     (lambda d, c, m: save_adapter(trained_lora(num_hidden_layers=3), d), "other module names or shapes"),
     (lambda d, c, m: save_adapter(trained_lora(seed=7), d), "trained on another base model"),
+    (lambda d, c, m: (d / "nalora.json").write_text('{"base": null}'), "holds no norms"),
+    (lambda d, c, m: (d / "nalora.json").write_text('{"base": {"x": "1"}}'), "holds no norms"),
 ])
 def test_foreign_adapters_are_refused(tmp_path, spoil, message):
     save_adapter(trained_lora(), tmp_path)
