@@ -455,7 +455,7 @@ def check_config(c):
     importance_mask(torch.ones(1), c.keep)                                                  # refuses a keep outside (0, 1]
     if not (isinstance(c.ema, (int, float)) and 0 <= c.ema < 1):
         raise ValueError(f"ema is {c.ema!r}: give a number in [0, 1).")
-    if not (type(c.stride) is int and c.stride >= 1):
+    if not (type(c.stride) is int and 1 <= c.stride < 2**31):
         raise ValueError(f"stride is {c.stride!r}: give a whole number of at least 1 (1 observes every token).")
     if type(c.seed) is not int:
         raise ValueError(f"seed is {c.seed!r}: give a whole number.")
@@ -509,6 +509,11 @@ class LlamaConfig:
     eos_token_id: int = None
 
     def __post_init__(self):
+        for f in fields(self):
+            value, largest = getattr(self, f.name), 1000 if f.name == "num_hidden_layers" else 2**24
+            fits = {int: type(value) is int and 1 <= value <= largest, float: type(value) in (int, float) and 0 < value < math.inf}
+            if not fits.get(f.type, isinstance(value, f.type)) and not (value is f.default is None) and not f.name.endswith("token_id"):
+                raise ValueError(f"{f.name} is {value!r}, which no Llama has.")
         object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or self.num_attention_heads)
         object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // self.num_attention_heads)
         if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
@@ -520,8 +525,11 @@ class LlamaConfig:
     @classmethod
     def from_dict(cls, d):
         """Reads the content of a Hugging Face config.json. ValueError names what it lacks or what this Llama cannot honour."""
-        rope = {**(d.get("rope_scaling") or {}), **(d.get("rope_parameters") or {})}
-        d = {"rope_theta": None, **d, **rope, "rope_scaling": rope.get("rope_type", rope.get("type", "default"))}
+        ropes = [d.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
+        if not all(isinstance(rope, dict) for rope in ropes):
+            raise ValueError("rope_scaling and rope_parameters must be objects (or null): it is not a Llama's config.json.")
+        rope = {**ropes[0], **ropes[1]}
+        d = {**d, **rope, "rope_scaling": rope.get("rope_type", rope.get("type", "default"))}
         plain = {"model_type": "llama", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0, "rope_scaling": "default",
                  "partial_rotary_factor": 1, "sliding_window": None, "pretraining_tp": 1, "quantization_config": None}
         for field, value in plain.items():
@@ -651,15 +659,17 @@ class Llama(nn.Module):
     @classmethod
     def from_pretrained(cls, directory, dtype=torch.float32):
         """Reads config.json and model.safetensors (or the shards of its index). ValueError if they are missing, broken or do not agree."""
-        model = cls(LlamaConfig.from_dict(read_json(Path(directory) / "config.json"))).to(dtype)
+        config = LlamaConfig.from_dict(read_json(Path(directory) / "config.json"))
         weights = {k: v for k, v in read_weights(Path(directory)).items() if not k.endswith("rotary_emb.inv_freq")}   # old exports
-        if model.config.tie_word_embeddings and "model.embed_tokens.weight" in weights:
+        if config.tie_word_embeddings and "model.embed_tokens.weight" in weights:
             weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-        shapes, expected = ({k: tuple(v.shape) for k, v in d.items()} for d in (weights, model.state_dict()))
+        with torch.device("meta"):                              # shapes only: a wrong size is found before its memory is asked for
+            shapes, expected = ({k: tuple(v.shape) for k, v in d.items()} for d in (weights, cls(config).state_dict()))
         wrong = sorted(k for k in {*shapes, *expected} if shapes.get(k) != expected.get(k))
         if wrong:
             raise ValueError(f"The weights in {directory} are not those of its config.json: {wrong[0]} is {shapes.get(wrong[0], 'missing')}, "
                              f"expected {expected.get(wrong[0], 'nothing of that name')} ({len(wrong)} such).")
+        model = cls(config).to(dtype)
         model.load_state_dict(weights)
         return model
 
@@ -762,10 +772,7 @@ def load_adapter(model, directory):
     """
     directory = Path(directory)
     config, tensors = read_json(directory / "adapter_config.json"), read_tensors(directory / "adapter_model.safetensors")
-    more = [k for k in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out") if config.get(k)]
-    if more or config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or not all(isinstance(config.get(k), (int, float)) and 0 < config[k] < 1e12 for k in ("r", "lora_alpha")):
-        raise ValueError(f"{directory} holds no plain LoRA adapter (see {more[0] if more else 'peft_type, bias, r, lora_alpha'} in adapter_config.json).")
-    rank, alpha = config["r"], config["lora_alpha"]
+    rank, alpha = plain_rank_and_alpha(directory, config)
     linears = {n.removesuffix(".base_layer"): m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     key, names = "base_model.model.{}.{}.weight".format, {k.removeprefix("base_model.model.").rpartition(".lora_")[0] for k in tensors}
     fits = {key(n, part): shape for n in names & set(linears)
@@ -788,6 +795,14 @@ def load_adapter(model, directory):
             layer.lora_A.copy_(tensors[key(name, "lora_A")])
             layer.lora_B.copy_(tensors[key(name, "lora_B")])
     return list(lora_layers(model))
+
+def plain_rank_and_alpha(directory, config):
+    """(rank, alpha) of the content of an adapter_config.json. ValueError if it asks for more than one plain LoRA pair per layer."""
+    more = [k for k in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out") if config.get(k)]
+    numbers = all(isinstance(config.get(k), (int, float)) and 0 < config[k] < 1e12 for k in ("r", "lora_alpha"))
+    if more or not numbers or config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
+        raise ValueError(f"{directory} holds no plain LoRA adapter (see {more[0] if more else 'peft_type, bias, r, lora_alpha'} in adapter_config.json).")
+    return config["r"], config["lora_alpha"]
 
 def fingerprint(linears):
     """{name: norm of the weight's first row}: within 1 % equal for the same base in any dtype, and hardly for another base."""

@@ -121,8 +121,8 @@ def rational(z, a, b):
     return p / (1 + (q * z).abs())
 
 def fit_rational(act, points=2001, rounds=30):
-    """(a (6,), b (4,)) in float64, such that P/Q is act on [-8, 8]: least squares of P - act (Q - 1) = act, each point weighted by the last 1 / Q.
-    For SiLU, GELU and QuickGELU the largest error is below 1e-2 (test)."""
+    """(a (6,), b (4,), the largest error) in float64, such that P/Q is act on [-8, 8]: least squares of P - act (Q - 1) = act, each point
+    weighted by the last 1 / Q. For SiLU, GELU and QuickGELU the error is below 1e-2 (test)."""
     z = torch.linspace(-8, 8, points, dtype=torch.float64)
     y = (copy.deepcopy(act).cpu().double() if isinstance(act, nn.Module) else act)(z).detach()
     powers = torch.stack([z**i for i in range(6)], 1)                                       # (points, 6)
@@ -135,7 +135,7 @@ def fit_rational(act, points=2001, rounds=30):
         error = (rational(z, a[:, None], b[:, None]) - y).abs().max().item()
         best = min(best, (error, a, b), key=lambda fit: fit[0])
         weight = 1 / (1 + (powers[:, 1:5] @ b).abs())
-    return best[1:]
+    return best[1], best[2], best[0]
 
 class RationalActivation(nn.Module):
     """phi(z) + R(z; a, b) - R(z; a0, b0): at the start phi, bit for bit. Channels are cut into `groups` runs with coefficients of their own.
@@ -148,7 +148,8 @@ class RationalActivation(nn.Module):
         if not (1 <= groups <= channels and rank >= 1):
             raise ValueError(f"{channels} channels cannot be cut into {groups} groups of rank {rank}: give 1 <= groups <= channels and a rank of at least 1.")
         self.act, self.scaling = act, alpha / rank
-        for part, fitted in zip(("numerator", "denominator"), fit_rational(act)):
+        *coefficients, self.fit_error = fit_rational(act)
+        for part, fitted in zip(("numerator", "denominator"), coefficients):
             self.register_buffer(part, fitted.float().to(device), persistent=False)         # made anew from phi, never saved
             A, B = torch.empty(rank, len(fitted), device=device), torch.zeros(groups, rank, device=device)
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))
@@ -201,7 +202,7 @@ def inject(model, peer, targets=(), rank=8, alpha=16):
                 model.set_submodule(name, (LoRANLinear if peer == "loran" else DoRALinear)(model.get_submodule(name)))
         for p in learnt(model).values():
             p.requires_grad_()
-    except ValueError:
+    except (ValueError, RuntimeError):                              # such as a singular value decomposition that fails
         unload(model, trained)
         raise
     return names + list(adapted)
@@ -350,7 +351,8 @@ def load_adapter(model, directory):
         config = read_json(directory / "adapter_config.json")
         if not config.get("use_dora"):
             return nalora.load_adapter(model, directory)
-        tensors, peer, rank, alpha = read_tensors(directory / "adapter_model.safetensors"), "dora", config.get("r"), config.get("lora_alpha")
+        tensors, peer = read_tensors(directory / "adapter_model.safetensors"), "dora"
+        rank, alpha = nalora.plain_rank_and_alpha(directory, {**config, "use_dora": False})
         names = [key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
         base = read_json(directory / "nalora.json").get("base") if (directory / "nalora.json").exists() else {}
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}

@@ -12,6 +12,7 @@ import concurrent.futures
 import contextlib
 import copy
 import csv
+import hashlib
 import importlib.util
 import io
 import itertools
@@ -50,11 +51,11 @@ DATA = ROOT / "data"
 RANK, LOCAL_RANK, RANKS = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))      # of torchrun
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # What each method sets in NALoRAConfig; None: no NALoRA. The controls are matched: the random and inverted masks to nalora-mask,
-# the uniform scale to nalora-scale, both together (random-uniform) to nalora.
+# the uniform scale to nalora-scale, both together (random-uniform) to nalora, random-neutral to nalora-neutral.
 METHODS = {"pretrain": None, "full": None, "lora": None, "nalora": {}, "nalora-mask": {"scale": "none"}, "nalora-scale": {"mask": "none"},
            "random-mask": {"mask": "random", "scale": "none"}, "inverted-mask": {"mask": "inverted", "scale": "none"},
            "uniform-scale": {"mask": "none", "scale": "uniform"}, "random-uniform": {"mask": "random", "scale": "uniform"},
-           "nalora-neutral": {"budget": "neutral"}, **dict.fromkeys(peers.PEERS), **{f"nalora-{peer}": {} for peer in ("rslora", "lora+", "dora", "pissa")}}
+           "nalora-neutral": {"budget": "neutral"}, "random-neutral": {"mask": "random", "scale": "none", "budget": "neutral"}, **dict.fromkeys(peers.PEERS), **{f"nalora-{peer}": {} for peer in ("rslora", "lora+", "dora", "pissa")}}
 LEARNING_RATE, SGD_LEARNING_RATE = {"pretrain": 3e-3, "full": 2e-3}, 0.3      # every LoRA method with AdamW: 5e-3
 TINY = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
             max_position_embeddings=256, tie_word_embeddings=True)
@@ -85,7 +86,7 @@ class CheckpointTokenizer:
         except ImportError:
             raise ValueError(f"{directory} has a tokenizer of its own: pip install transformers to read it.") from None
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(directory)
+            self.tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
         except Exception as e:                                      # transformers raises many kinds; all mean the same here
             raise ValueError(f"The tokenizer in {directory} cannot be read: {e}") from None
         if self.tokenizer.eos_token_id is None:
@@ -140,8 +141,8 @@ def read_splits(data):
 
 
 def encode_prompt(tokenizer, prompt):
-    """Token ids: what the tokenizer opens a text with (the toy's: <|endoftext|>) and the prompt."""
-    return [*getattr(tokenizer, "opening", [tokenizer.eot_token]), *tokenizer.encode_ordinary(prompt)]
+    """Token ids, at least one: what the tokenizer opens a text with (the toy's: <|endoftext|>) and the prompt."""
+    return [*getattr(tokenizer, "opening", [tokenizer.eot_token]), *tokenizer.encode_ordinary(prompt)] or [tokenizer.eot_token]
 
 
 def encode_problem(tokenizer, problem):
@@ -459,9 +460,18 @@ def train(run, out, state=None):
 
 def save_checkpoint(run, out, step, records):
     """One file, replaced whole, so that a kill at any moment leaves either the old state or the new one."""
-    metadata = {"run": json.dumps({"config": run.config, "step": step, "records": records})}          # one key: a fixed byte order
-    write_whole(out / "checkpoint.safetensors", lambda path: save_file(run.state(), path, metadata))
+    tensors, about = run.state(), json.dumps({"config": run.config, "step": step, "records": records})
+    metadata = {"run": json.dumps({"about": about, "sha256": digest(about, tensors)})}     # one key: a fixed byte order
+    write_whole(out / "checkpoint.safetensors", lambda path: save_file(tensors, path, metadata))
     write_lines(out / "metrics.jsonl", records)
+
+
+def digest(about, tensors):
+    """SHA-256 of a text and of the names, dtypes, shapes and bytes of tensors: what was changed since it was taken is noticed."""
+    sha = hashlib.sha256(about.encode())
+    for name, t in sorted(tensors.items()):
+        sha.update(f"{name} {t.dtype} {tuple(t.shape)}".encode() + t.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
 
 
 def write_lines(path, rows):
@@ -477,14 +487,18 @@ def load_checkpoint(out, config):
     if path.exists():
         try:
             with safe_open(path, "pt") as f:
-                state = {**json.loads(f.metadata()["run"]), "tensors": {key: f.get_tensor(key) for key in f.keys()}}
+                metadata, tensors = json.loads(f.metadata()["run"]), {key: f.get_tensor(key) for key in f.keys()}
+            if digest(metadata["about"], tensors) != metadata["sha256"]:
+                raise ValueError("its content is not what was written")
+            state = {**json.loads(metadata["about"]), "tensors": tensors}
             saved_config, _, _ = state["config"], state["step"], state["records"]
         except Exception as e:                                      # safetensors raises several kinds; all mean the same here
             raise ValueError(f"{path} is no readable checkpoint of this program: {e}") from None
     differ = sorted(k for k in {*saved_config, *config} if saved_config.get(k) != config.get(k))
     if differ == ["threads"]:
-        raise ValueError(f"{out} was trained with {saved_config['threads']} threads, now there are {config['threads']}: sums would be rounded in another order and the "
-                         f"result would not be the uninterrupted run's bit for bit. Add --threads {saved_config['threads']}.")
+        saved = saved_config.get("threads")
+        raise ValueError(f"{out} was trained with {saved} threads, now there are {config['threads']}: sums would be rounded in another order and the "
+                         f"result would not be the uninterrupted run's bit for bit. Add --threads {saved}.")
     if differ:
         k = differ[0]
         raise ValueError(f"{out} holds a run with {k} = {saved_config.get(k)!r}, not {config.get(k)!r}: resume it with its own settings, or choose another --out.")
@@ -511,11 +525,13 @@ def execute(config, out, resume):
     if state and (out / "summary.json").exists():
         print(f"{out} is finished already; its summary:")
         print((out / "summary.json").read_text())
-        return read_json(out / "summary.json")
+        return read_summary(out)
     total = sum(p.numel() for p in run.model.parameters())
     trainable = sum(p.numel() for p in run.trainable.values())
     print(json.dumps(config, indent=2))
     print(f"{trainable:,} of {total:,} parameters train ({trainable / total:.1%})", flush=True)
+    for error in {m.fit_error for m in run.model.modules() if isinstance(m, peers.RationalActivation)}:
+        print(f"NoRA's rational function is within {error:.1e} of the model's activation on [-8, 8]", flush=True)
     if run.ranks > 1:
         torch.distributed.barrier()                                 # all ranks have read what there was before rank 0 writes
     if run.rank == 0:
@@ -559,6 +575,16 @@ def execute(config, out, resume):
     return summary
 
 
+def read_summary(out):
+    """The summary of a finished run. ValueError if it is something else."""
+    summary = read_json(out / "summary.json")
+    needed = {"val_loss", "diverged"} if summary.get("val_loss", 0) is None else {"val_loss", "test_exact_match", "arithmetic_accuracy", "trainable_parameters",
+                                                                               "peak_memory_mb", "file_bytes", "step_ms", "train_seconds"}
+    if missing := sorted(needed - set(summary)):
+        raise ValueError(f"{out / 'summary.json'} lacks {missing[0]}: it is no summary of this program. Delete {out} to run it anew.")
+    return summary
+
+
 def reset_peak_memory(device):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -595,9 +621,9 @@ def step_time_ratio(config, other, pairs):
 # ---- the comparison: variants x learning rates x seeds, judged by paired differences ------------------------------------------------
 
 
-COMPARED = ["full", "lora", "nalora", "nalora-neutral", "nalora-mask", "nalora-scale", "random-mask", "inverted-mask", "uniform-scale", "random-uniform"]
-CONTROLS = {"nalora": ["random-mask", "random-uniform"], "nalora-neutral": ["nalora"], "nalora-mask": ["random-mask", "inverted-mask"],
-            "nalora-scale": ["uniform-scale"], **{f"nalora-{peer}": [peer] for peer in peers.PEERS}}
+COMPARED = ["full", "lora", "nalora", "nalora-neutral", "nalora-mask", "nalora-scale", "random-mask", "inverted-mask", "uniform-scale", "random-uniform", "random-neutral"]
+CONTROLS = {"nalora": ["random-mask", "random-uniform"], "nalora-neutral": ["nalora", "random-neutral"], "nalora-mask": ["random-mask", "inverted-mask"],
+            "nalora-scale": ["uniform-scale"], **{peer: ["nalora"] for peer in peers.PEERS}, **{f"nalora-{peer}": [peer] for peer in peers.PEERS}}
 TUNING_GRID = {"adamw": [1e-3, 2.5e-3, 6e-3, 1.5e-2], "sgd": [0.1, 0.3, 1.0, 3.0]}      # one grid for every variant
 SWEEPS = {"rank": [f"rank={r},alpha={2 * r}" for r in (1, 2, 4, 8, 16)], "train-size": ["train-size=100", "train-size=300", ""],
           "targets": ["", "targets=gate_proj+up_proj+down_proj", "targets=gate_proj"], "keep": [f"keep={k}" for k in (0.05, 0.1, 0.25, 0.5)],
@@ -609,15 +635,24 @@ COLUMNS = {"results": {"val_loss": ("validation loss", 4), "test_exact_match": (
                          "entropy": ("selection entropy", 4)}}
 DIFFERENCES = {**COLUMNS["results"], "misalignment": COLUMNS["selection"]["misalignment"]}      # what is compared seed by seed
 ALL_VALUES = {"train-size": "all", "targets": "all linear"}         # what a sweep's empty value means
+MAY_DIFFER = ["steps", "batch-size", "lr", "warmup", "weight-decay", "optimizer", "beta1", "beta2", "momentum", "grad-clip", "train-size", "rank", "alpha",
+              "targets", *(f.name for f in fields(NALoRAConfig) if f.name != "seed")]
 
 
 def configure(args, spec, **changes):
     """The run configuration of a variant such as "lora" or "nalora-mask:keep=0.1,targets=gate_proj+up_proj", with attributes changed."""
+    def refuse(message):
+        raise ValueError(f"--methods: {spec!r} cannot be read: {message}.")
     method, _, flags = spec.partition(":")
     if method not in METHODS or method == "pretrain":
         raise ValueError(f"--methods: {spec!r} names no method; choose among {', '.join(m for m in METHODS if m != 'pretrain')}.")
-    words = [word for flag in flags.split(",") if flag for name, _, value in [flag.partition("=")] for word in (f"--{name}", *filter(None, value.split("+")))]
-    changed = command_line().parse_args(words, argparse.Namespace(**{**vars(args), **changes}))
+    words, parser = [], command_line()
+    for name, _, value in (flag.partition("=") for flag in flags.split(",") if flag):
+        if name not in MAY_DIFFER:
+            refuse(f"{name!r} is not among the flags in which variants may differ, {', '.join(MAY_DIFFER)}")
+        words += [f"--{name}", *filter(None, value.split("+"))]
+    parser.error = refuse
+    changed = parser.parse_args(words, argparse.Namespace(**{**vars(args), **changes}))
     return {**resolve(changed, method), "threads": args.threads}
 
 
@@ -626,8 +661,12 @@ def variants_of(args):
     with the value None."""
     variants, values = {}, SWEEPS.get(args.sweep, [""])
     if args.values:
+        if args.sweep == "rank" and not all(map(str.isdecimal, args.values)):
+            raise ValueError(f"--values {' '.join(args.values)}: ranks are whole numbers.")
         values = [f"rank={value},alpha={2 * int(value)}" if args.sweep == "rank" else f"{args.sweep}={value}" for value in args.values]
     for spec in args.methods:
+        if ":" in spec and configure(args, spec) == configure(args, spec.partition(":")[0]) and not names_rate(spec):
+            raise ValueError(f"--methods: {spec!r} is the same run as {spec.partition(':')[0]!r}: its flags have no effect there, or are the defaults.")
         labels = {spec + (":,"[":" in spec] + value if value else ""): value for value in values}
         if all(configure(args, label) == configure(args, spec) for label in labels):
             labels = {spec: None}
@@ -660,7 +699,7 @@ def run_job(out, config, keep):
             write_json(out / "summary.json", {"val_loss": None, "diverged": str(e)})
     for path in [out / "checkpoint.safetensors"] + [out / "model" / "model.safetensors"] * (not keep):
         path.unlink(missing_ok=True)                                # gigabytes for a real model; a summary says that the run is finished
-    return read_json(out / "summary.json")
+    return read_summary(out)
 
 
 def run_jobs(jobs, workers):
@@ -670,7 +709,7 @@ def run_jobs(jobs, workers):
         if (out / "summary.json").exists():
             if read_json(out / "config.json") != config:
                 raise ValueError(f"{out} holds a run with other settings: choose another --out, or use the flags that it was made with.")
-            done[name] = read_json(out / "summary.json")
+            done[name] = read_summary(out)
     todo, began, at_start = {name: job for name, job in jobs.items() if name not in done}, time.perf_counter(), len(done)
     print(f"{len(jobs)} runs, {len(done)} of them finished already", flush=True)
     for name, summary in job_results(todo, workers):
@@ -700,13 +739,17 @@ def job_results(jobs, workers):
 
 def job(args, label, lr, seed, **changes):
     """(folder, configuration) of one run."""
-    return args.out / re.sub(r"[:=,+]", "-", label) / f"lr{lr:g}-seed{seed}", configure(args, label, lr=lr, seed=seed, **changes)
+    return args.out / re.sub(r"[^\w.-]", "-", label) / f"lr{lr:g}-seed{seed}", configure(args, label, lr=lr, seed=seed, **changes)
 
 
 def grid(args, label):
     """The learning rates that a variant is tuned over: those of every variant, unless it names its own ("full:lr=0.002")."""
-    config = configure(args, label, lr=1.0)
-    return [config["lr"]] if config["lr"] != 1 else args.lrs or TUNING_GRID[config["optimizer"]]
+    config = configure(args, label)
+    return [config["lr"]] if names_rate(label) else args.lrs or TUNING_GRID[config["optimizer"]]
+
+
+def names_rate(spec):
+    return re.search(r"[:,]lr=", spec)
 
 
 def tune(args, variants):
@@ -729,8 +772,11 @@ def tune(args, variants):
 def compare(args):
     """Tunes, runs, measures, writes comparison.json, .csv, .md and figures to args.results. Goes on where it was cut."""
     variants = variants_of(args)
-    for label in variants:
-        Run(configure(args, label))                                 # all that can be wrong is found before anything is written
+    for label in variants:                                          # all that can be wrong is found before anything is written
+        for lr in grid(args, label):
+            configure(args, label, lr=lr)
+        Run(configure(args, label))
+    args.results.mkdir(parents=True, exist_ok=True)
     for label, losses in tune(args, variants).items():
         variants[label]["tuning"] = list(losses.items())
         variants[label]["lr"] = min(losses, key=lambda lr: math.inf if losses[lr] is None else losses[lr])
@@ -848,6 +894,10 @@ def measure(args, variants, jobs, summaries):
     base = Llama.from_pretrained(run.config["base"]).eval()
     text = held_out_text(base, run)
     text_loss = lambda model: mean_loss(model, [(part[:, :-1], part[:, 1:], None) for part in text.split(16)])
+
+    def val_loss(model):                                            # as Run.validate takes it
+        with run.autocast:
+            return mean_loss(model.to(run.device), run.validation)
     base_text_loss, base_seen, rows = text_loss(base), observe(base, run.validation), []
     full_of = {label: next((other for other, v in variants.items() if v["method"] == "full" and v["value"] in (None, own["value"])), None)
                for label, own in variants.items()}
@@ -876,10 +926,10 @@ def measure(args, variants, jobs, summaries):
             model = truncated(references[label], base, lora["targets"], rank)
             layers = selection_measures(observe(model, run.validation), base_seen, seen[label])
             name = f"full, best rank {rank}" if rank else "full, linear layers"
-            rows.append({"variant": name, "seed": seed, "val_loss": mean_loss(model, run.validation), "text_loss_increase": text_loss(model) - base_text_loss,
+            rows.append({"variant": name, "seed": seed, "text_loss_increase": text_loss(model) - base_text_loss, "val_loss": val_loss(model),
                          "layers": layers, **{k: statistics.mean(v) for k, v in layers.items()}})
     layers = selection_measures(base_seen, base_seen, None)
-    return rows, {"path": run.config["base"], "val_loss": mean_loss(base, run.validation), "text_loss": base_text_loss, "layers": layers,
+    return rows, {"path": run.config["base"], "val_loss": val_loss(base), "text_loss": base_text_loss, "layers": layers,
                   "positive": [(z > 0).float().mean().item() for z in base_seen[0].values()],
                   "arithmetic_accuracy": arithmetic_accuracy(base, run.tokenizer, run.equations) if run.equations else None,
                   "test_exact_match": exact_match(base, run.tokenizer, run.problems, run.max_new)[0] if run.problems else None,
@@ -887,9 +937,10 @@ def measure(args, variants, jobs, summaries):
 
 
 def history(out):
-    """[[step, [k_hat per FFN]], ...] of a run whose method observes the gates, else []."""
+    """[[step, [k_hat per FFN], [scale per FFN]], ...] of a run whose method observes the gates, else []."""
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [[r["step"], [s["k_hat"] for s in r["layers"].values()]] for r in records if "layers" in r and None not in (s["k_hat"] for s in r["layers"].values())]
+    seen = [(r["step"], list(r["layers"].values())) for r in records if "layers" in r]
+    return [[step, *([s[key] for s in layers] for key in ("k_hat", "scale"))] for step, layers in seen if None not in (s["k_hat"] for s in layers)]
 
 
 def step_times(args, variants, jobs, summaries):
@@ -986,7 +1037,7 @@ def tables(comparison):
     for name, columns in COLUMNS.items():
         columns = measured(comparison, columns)
         base = ["base", "", *(f"{comparison['base'][k]:.{digits}f}" if comparison["base"].get(k) is not None else "-" for k, (_, digits) in columns.items())]
-        lines = [[label, f"{variants[label]['lr']:g}" if label in variants else "",
+        lines = [[label, rate_text(variants[label]) if label in variants else "",
                   *(mean_and_deviation(by_seed(comparison, label, k).values(), digits) for k, (_, digits) in columns.items())]
                  for label in dict.fromkeys(row["variant"] for row in rows)]
         text[name] = markdown_table(["", "lr", *(title for title, _ in columns.values())], [base, *lines])
@@ -1001,6 +1052,13 @@ def tables(comparison):
             [label, f"{r[0]['trainable_parameters']:,}", f"{comparison['step_time'][label]:.2f}", f"{statistics.median(x['peak_memory_mb'] for x in r):,.0f}",
              f"{r[0]['file_bytes'] / 1e3:,.0f}"] for label, r in runs.items()])
     return text
+
+
+def rate_text(variant):
+    """The learning rate of a variant, marked where it was the lowest or highest of its grid, so that the best one may lie beyond."""
+    rates = [lr for lr, _ in variant["tuning"]]
+    edge = " (lowest)" if variant["lr"] == min(rates) else " (highest)" if variant["lr"] == max(rates) else ""
+    return f"{variant['lr']:g}" + edge * (len(rates) > 1)
 
 
 def measured(comparison, columns):
@@ -1025,6 +1083,8 @@ def with_tables(text, results):
     def block(found):
         measured = results / found[3] / "bench.json"
         made = bench_tables(read_json(measured)) if measured.exists() else tables(read_json(measured.with_name("comparison.json")))
+        if found[2] not in made:
+            raise ValueError(f"{found[1]}: there is no such table; choose among {', '.join(made)}.")
         return f"{found[1]}\n{made[found[2]]}\n<!-- end -->"
     return re.sub(r"(<!-- (\w+) of ([\w-]+) -->)\n.*?<!-- end -->", block, text, flags=re.S)
 
@@ -1035,10 +1095,13 @@ def report(results, readme):
     if not comparisons:
         raise ValueError(f"{results} holds no comparison: make one with --compare --results {results}/NAME.")
     for name, comparison in comparisons.items():
+        if not {"variants", "rows", "base", "seeds", "tuning_seeds", "sweep", "step_time", "configuration", "machine"} <= set(comparison):
+            raise ValueError(f"{results / name / 'comparison.json'} is no comparison of this program: run its --compare again.")
+    for name, comparison in comparisons.items():
         write_whole(results / name / "comparison.md", lambda path: path.write_text(markdown(comparison), encoding="utf-8"))
         draw_comparison(comparison, results / name, anew=True)
-    whole = {name: c for name, c in reversed(comparisons.items()) if {"full", "nalora"} <= set(c["variants"]) and not c["sweep"]}
-    draw_homogeneity({c["base"]["path"]: c for c in whole.values()}, results / "homogeneity.png")                    # the first of each base
+    whole = {name: c for name, c in comparisons.items() if {"full", "nalora"} <= set(c["variants"]) and not c["sweep"]}
+    draw_homogeneity({c["base"]["path"]: c for c in whole.values()}, results / "homogeneity.png")                    # the last of each base
     draw_keep([c for c in comparisons.values() if c["sweep"] == "keep"], results / "keep.png")
     write_whole(readme, lambda path: path.write_text(with_tables(readme.read_text(encoding="utf-8"), results), encoding="utf-8"))
     print(f"{readme} and the figures in {results} are made anew from {', '.join(comparisons)}.")
@@ -1136,7 +1199,7 @@ def draw_comparison(comparison, folder, anew=False):
     figures = {"sweep.png": (draw_sweep, comparison["sweep"]),
                "differences.png": (draw_differences, not comparison["sweep"] and len(comparison["seeds"]) > 1 and "lora" in comparison["variants"]),
                "alignment.png": (draw_alignment, not comparison["sweep"] and any(row.get("weight_cosine") is not None for row in rows)),
-               "training.png": (draw_training, not comparison["sweep"] and any(len(row.get("history", [])) > 1 for row in rows)),
+               "training.png": (draw_training, not comparison["sweep"] and any(len(row.get("history", [])) > 1 and len(row["history"][0]) > 2 for row in rows)),
                "homogeneity.png": (lambda c, path: draw_homogeneity({c["base"]["path"]: c}, path), not comparison["sweep"])}
     for name, (draw, possible) in figures.items():
         if possible and (not anew or (folder / name).exists()):
@@ -1182,19 +1245,21 @@ def draw_alignment(comparison, path):
 
 
 def draw_training(comparison, path):
-    """k_hat over the steps of NA-LoRA's runs, a line per FFN: mean over seeds with a band of one standard deviation."""
+    """k_hat and step scale over the steps of NA-LoRA's runs, a line per FFN: mean over seeds with a band of one standard deviation."""
     label = next(row["variant"] for row in comparison["rows"] if row.get("history"))
     histories = [row["history"] for row in comparison["rows"] if row["variant"] == label]
-    steps, k_hat = [step for step, _ in histories[0]], np.array([[values for _, values in h] for h in histories])              # (seeds, records, FFNs)
-    figure, (ax,) = new_figure(1, width=6.5, height=3.6)
-    colours = figure_colours(k_hat.shape[2])
-    for i, colour in enumerate(colours):
-        mean, deviation = k_hat[:, :, i].mean(0), k_hat[:, :, i].std(0)
-        ax.plot(steps, mean, color=colour, label=f"layer {i}")
-        ax.fill_between(steps, mean - deviation, mean + deviation, color=colour, alpha=0.2, lw=0)
-    ax.axhline(1, color="0.7", lw=0.8, zorder=0)
-    ax.set(xlabel="step", ylabel="effective homogeneity k_hat of the batch", title=label)
-    ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), ncols=1 + len(colours) // 16, fontsize=7 if len(colours) > 8 else 9)
+    figure, axes = new_figure(2, width=10, height=3.4)
+    for ax, column, title in zip(axes, (1, 2), ("effective homogeneity k_hat of the batch", "step scale 1 / clip(k_hat, 1/2, 2)")):
+        steps, values = [record[0] for record in histories[0]], np.array([[record[column] for record in h] for h in histories])      # (seeds, records, FFNs)
+        colours = figure_colours(values.shape[2])
+        for i, colour in enumerate(colours):
+            mean, deviation = values[:, :, i].mean(0), values[:, :, i].std(0)
+            ax.plot(steps, mean, color=colour, label=f"layer {i}")
+            ax.fill_between(steps, mean - deviation, mean + deviation, color=colour, alpha=0.2, lw=0)
+        ax.axhline(1, color="0.7", lw=0.8, zorder=0)
+        ax.set(xlabel="step", ylabel=title)
+    axes[0].set_title(label)
+    axes[1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), ncols=1 + len(colours) // 16, fontsize=7 if len(colours) > 8 else 9)
     save_figure(figure, path)
 
 
@@ -1340,7 +1405,8 @@ class PeftRun:
         ours = Run({**config, "method": "lora"})
         self.config, self.batches, self.device, self.autocast = ours.config, ours.batches, ours.device, ours.autocast
         torch.manual_seed(config["seed"])
-        model = AutoModelForCausalLM.from_pretrained(config["base"], dtype=torch.float32).to(self.device).train()
+        model = AutoModelForCausalLM.from_pretrained(config["base"], dtype=torch.float32, trust_remote_code=False, local_files_only=True,
+                                                     use_safetensors=True).to(self.device).train()
         self.model = get_peft_model(model, LoraConfig(r=config["rank"], lora_alpha=config["alpha"], target_modules=config["targets"], **flags))
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trainable, config["lr"], weight_decay=config["weight_decay"], fused=True)
@@ -1378,7 +1444,10 @@ def peak_of_process(make, steps=3):
 
 def in_new_process(function, *args):
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), follow_parent) as pool:
-        return pool.submit(function, *args).result()
+        try:
+            return pool.submit(function, *args).result()
+        except concurrent.futures.BrokenExecutor:
+            raise ValueError("A process that measures memory was killed from outside, perhaps for want of memory: free some and give the command again.") from None
 
 
 def timed(function, *args):
@@ -1452,17 +1521,20 @@ def bench(args):
     rounds, makers, config = given(args.steps, 40), contestants(args), resolve(args, "lora")
     if rounds < 2:
         raise ValueError(f"--steps is {rounds}: a benchmark needs at least two rounds.")
+    if config["optimizer"] != "adamw":
+        raise ValueError("--bench times steps of AdamW, on both sides: leave --optimizer out.")
     first = makers["lora"]()                                        # all that can be wrong is found before anything is written
     print(f"{rounds} rounds of {', '.join(makers)} in alternation", flush=True)
     steps, rows = in_alternation(makers, rounds), []
+    against = lambda taken, other: quartiles([ours / theirs for (ours, _, _), (theirs, _, _) in zip(taken, steps[other][3:])]) if other in steps else None
     peak = matmul_peak(first.device, torch.bfloat16 if config["dtype"] == "bfloat16" else torch.float32)
     for name, taken in steps.items():
         print(f"memory and operations of {name}", flush=True)
         first_loss, taken, flops = taken[0][1], taken[3:], flops_of_a_step(makers[name]()) / taken[0][2]                       # flops per token
         rows.append({"name": name, "step_ms": quartiles([1000 * s for s, _, _ in taken]),
-                     "ratio": quartiles([ours / lora for (ours, _, _), (lora, _, _) in zip(taken, steps["lora"][3:])]),
+                     "ratio": against(taken, "lora"), "ratio_to_peft": against(taken, "PEFT LoRA"),
                      "tokens_per_second": statistics.median(tokens / s for s, _, tokens in taken), "first_loss": first_loss,
-                     "peak_memory_mb": statistics.median(in_new_process(peak_of_process, makers[name]) for _ in range(3)),
+                     "peak_memory_mb": sorted(in_new_process(peak_of_process, makers[name]) for _ in range(3)),
                      "share_of_matmul_peak": statistics.median(flops * tokens / s for s, _, tokens in taken) / peak})
     print("where the time goes, sizes, start", flush=True)
     sizes = [(layers, 16) for layers in (2, 4, 8)] + [(4, windows) for windows in (8, 32)]
@@ -1487,11 +1559,12 @@ def bench_tables(b):
     """{"steps", "sizes", "profile": Markdown} from bench.json alone."""
     c, m = b["configuration"], b["machine"]
     spread = lambda q, digits: f"{q[1]:.{digits}f} ({q[0]:.{digits}f} to {q[2]:.{digits}f})"
-    steps = markdown_table(["", "ms a step", "time / LoRA's", "tokens/s", "peak memory (MB)", "share of matmul peak", "first loss"], [
-        [r["name"], spread(r["step_ms"], 1), spread(r["ratio"], 2), f"{r['tokens_per_second']:,.0f}", f"{r['peak_memory_mb']:,.0f}",
-         f"{r['share_of_matmul_peak']:.0%}", f"{r['first_loss']:.4f}"] for r in b["rows"]])
-    about = (f"Base {c['base']}, {c['batch_size']} problems a step, rank {c['rank']}, {c['dtype']}, {c['threads']} threads, {b['rounds']} rounds; medians (and quartiles). "
-             f"A matrix product reaches {b['matmul_peak'] / 1e9:,.0f} GFLOP/s. {m['cores']} cores of {m['processor']}, Python {m['python']}, PyTorch {m['torch']}. "
+    peft = next((r["peak_memory_mb"][1] for r in b["rows"] if r["name"] == "PEFT LoRA"), None)
+    steps = markdown_table(["", "ms a step", "time / LoRA's", "time / PEFT LoRA's", "tokens/s", "peak memory (MB)", "memory / PEFT LoRA's", "share of matmul peak", "first loss"], [
+        [r["name"], spread(r["step_ms"], 1), spread(r["ratio"], 2), spread(r["ratio_to_peft"], 2) if r["ratio_to_peft"] else "-", f"{r['tokens_per_second']:,.0f}",
+         spread(r["peak_memory_mb"], 0), f"{r['peak_memory_mb'][1] / peft:.2f}" if peft else "-", f"{r['share_of_matmul_peak']:.0%}", f"{r['first_loss']:.4f}"] for r in b["rows"]])
+    about = (f"Base {c['base']}, {c['batch_size']} problems a step, rank {c['rank']}, {c['dtype']}, {c['threads']} threads, {b['rounds']} rounds; medians (and quartiles; of memory, of a whole process, the "
+             f"range of three). A matrix product reaches {b['matmul_peak'] / 1e9:,.0f} GFLOP/s; shares of it count the products of a step, without attention's. {m['cores']} cores of {m['processor']}, Python {m['python']}, PyTorch {m['torch']}. "
              f"Starting Python, importing nalora and loading the base takes {spread(b['start_seconds'], 1)} s"
              + (f"; {b['problems']} problems are answered in {b['generation_seconds']:.1f} s." if b["generation_seconds"] else "."))
     sizes = markdown_table(["layers", "tokens a step", "LoRA (ms)", "NA-LoRA (ms)", "ratio"], [
@@ -1613,15 +1686,16 @@ def resolve(args, method):
         if name in config and not 0 <= config[name] < 1:
             raise ValueError(f"--{name} is {config[name]}: give a number in [0, 1).")
     for name in ("seed", "weight_decay", "test_size"):
-        if config[name] is not None and not config[name] >= 0:
-            raise ValueError(f"--{name.replace('_', '-')} is {config[name]}: it cannot be negative.")
+        if config[name] is not None and not 0 <= config[name] < 2**63:
+            raise ValueError(f"--{name.replace('_', '-')} is {config[name]}: it cannot be negative or that large.")
     return config
 
 
 def sample(out, prompt):
     """Prints completions by the trained model in `out`."""
     config = read_json(out / "config.json") if (out / "config.json").exists() else {}
-    if not all(isinstance(config.get(key, base), str) for key, base in (("data", None), ("method", None), ("base", ""))):
+    known = isinstance(config.get("method"), str) and config["method"] in METHODS
+    if not known or not all(isinstance(config.get(key), str) for key in ("data", *("base",) * (config["method"] != "pretrain"))):
         raise ValueError(f"{out} holds no run of this program: train one first, or name its folder with --out.")
     if not (out / "summary.json").exists():
         raise ValueError(f"The run in {out} is not finished: run its command again with --resume, then sample.")
@@ -1665,8 +1739,8 @@ def check_comparison(args):
             raise ValueError(f"--{name} has no effect with --compare: use {instead}.")
     if args.values and not args.sweep:
         raise ValueError("--values are those of a sweep: name it with --sweep.")
-    if args.jobs < 1:
-        raise ValueError(f"--jobs is {args.jobs}: give a number above zero.")
+    if not 1 <= args.jobs <= 1024:
+        raise ValueError(f"--jobs is {args.jobs}: give a number from 1 to 1024.")
     for name in ("methods", "values", "seeds", "tuning_seeds", "lrs"):
         values = getattr(args, name)
         if values and len(set(values)) < len(values):
@@ -1702,9 +1776,13 @@ def main(argv=None):
     try:
         with ranks_of_torchrun(args):
             command(args)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, MemoryError, RuntimeError) as e:
+        memory = isinstance(e, MemoryError) or re.search(r"out of memory|can't allocate|not enough memory", str(e))
+        if not memory and not isinstance(e, (ValueError, OSError)):
+            raise                                                   # a bug of this program
         if RANK == 0:
-            print(f"train_tiny.py: {e}", file=sys.stderr)
+            print("train_tiny.py: " + (f"The memory does not suffice ({str(e).splitlines()[0] if str(e) else 'no more is known'}): try a smaller --batch-size, or "
+                                       "fewer --jobs." if memory else str(e)), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         again = "again" if args.compare else "with --resume"
@@ -1716,8 +1794,8 @@ def main(argv=None):
 def command(args):
     """Does what the flags ask for."""
     if args.threads is not None:
-        if args.threads < 1:
-            raise ValueError(f"--threads is {args.threads}: give a number above zero.")
+        if not 1 <= args.threads <= 1024:
+            raise ValueError(f"--threads is {args.threads}: give a number from 1 to 1024.")
         torch.set_num_threads(args.threads)
     if args.report:
         report(ROOT / "results", ROOT / "README.md")
