@@ -1965,7 +1965,7 @@ def test_compare_writes_tables_and_figures_and_repeats_nothing(base, comparison,
     floor = [row for row in result["rows"] if row["variant"] == "full, another seed"]
     assert len(floor) == 2 and all(row["misalignment"] > 0 for row in floor)
     text = (comparison / "comparison.md").read_text()
-    assert "nalora - random-mask" in text and "nalora - lora" in text and re.search(r"\| lora \| 0\.01 \| \d\.\d{4} ± ", text)
+    assert "nalora - random-mask" in text and "nalora - lora" in text and re.search(r"\| lora \| 0\.01 \(highest\) \| \d\.\d{4} ± ", text)
     for figure in ("differences", "alignment", "at_work", "training", "homogeneity"):
         assert (comparison / f"{figure}.png").stat().st_size > 5000
     monkeypatch.setattr(train_tiny, "execute", None)                # a run that is repeated would fail
@@ -2014,6 +2014,24 @@ def test_tuning_takes_the_lowest_loss_and_passes_over_what_diverges(base, tmp_pa
     losses = dict(map(tuple, variant["tuning"]))
     assert variant["lr"] == 0.01 and losses[0.01] < losses[1e-5] and losses[1e25] is None
     assert train_tiny.main([*common, "--lrs", "1e25", "1e26"]) == 2 and "diverged at every learning rate" in capsys.readouterr().err
+
+
+def test_a_judged_run_that_diverges_is_told_and_left_out(base, tmp_path, monkeypatch):
+    """Of LoRA one seed of three, of full fine-tuning another: the rest of the comparison stands."""
+    execute = train_tiny.execute
+
+    def diverging(config, out, resume):
+        if (config["method"], config["seed"]) in (("lora", 1), ("full", 2)):
+            raise train_tiny.Diverged("not finite")
+        return execute(config, out, resume)
+
+    monkeypatch.setattr(train_tiny, "execute", diverging)
+    assert train_tiny.main(comparison_arguments(base, tmp_path, "--seeds", "0", "1", "2", "--lrs", "1e-3", "--test-size", "0")) == 0
+    result = json.loads((tmp_path / "comparison.json").read_text())
+    text = train_tiny.markdown(result)
+    assert "| lora (1 of 3 seeds diverged) |" in text and "| full (1 of 3 seeds diverged) |" in text and (tmp_path / "differences.png").exists()
+    assert sorted(train_tiny.by_seed(result, "lora", "val_loss")) == [0, 2] and sorted(train_tiny.by_seed(result, "nalora", "misalignment")) == [0, 1]
+    assert re.search(r"\| nalora - lora \| [+-]", text) and re.search(r"\| full - lora \| - \|", text)
 
 
 def test_variants_of_a_sweep(base):

@@ -782,9 +782,6 @@ def compare(args):
         variants[label]["lr"] = min(losses, key=lambda lr: math.inf if losses[lr] is None else losses[lr])
     jobs = {f"{label} seed={seed}": (*job(args, label, variant["lr"], seed), True) for seed in args.seeds for label, variant in variants.items()}
     summaries = run_jobs(jobs, args.jobs)
-    for name, summary in summaries.items():
-        if summary["val_loss"] is None:
-            raise ValueError(f"{name} diverged with the learning rate that was best in tuning ({summary['diverged']}): give smaller --lrs.")
     torch.set_num_threads(args.jobs * args.threads)                 # from here on this process works alone
     rows, base = measure(args, variants, jobs, summaries)
     result = rounded({"variants": variants, "sweep": args.sweep, "seeds": args.seeds, "tuning_seeds": args.tuning_seeds, "base": base, "rows": rows,
@@ -904,10 +901,13 @@ def measure(args, variants, jobs, summaries):
     configs = [jobs[f"{label} seed={args.seeds[0]}"][1] for label in variants]
     lora = next((config for config in configs if "rank" in config), {"rank": 8, "targets": ALL_LINEAR})
     for seed in args.seeds:
-        references = {label: trained_model(jobs[f"{label} seed={seed}"][0]) for label in set(full_of.values()) - {None}}
+        references = {label: trained_model(jobs[f"{label} seed={seed}"][0]) for label in set(full_of.values()) - {None} if "diverged" not in summaries[f"{label} seed={seed}"]}
         seen = {label: observe(model, run.validation) for label, model in references.items()}
         for label in variants:
             out, config, _ = jobs[f"{label} seed={seed}"]
+            if "diverged" in summaries[f"{label} seed={seed}"]:
+                rows.append({"variant": label, "seed": seed, "lr": config["lr"], "diverged": True})
+                continue
             path, full_seen = out / "measures.json", seen.get(full_of[label])
             reference = full_seen and str(jobs[f"{full_of[label]} seed={seed}"][0].relative_to(args.out))
             if not path.exists() or read_json(path).get("reference", "") != reference:              # not measured yet, or against another one
@@ -918,8 +918,11 @@ def measure(args, variants, jobs, summaries):
             row = {"variant": label, "seed": seed, "lr": config["lr"], **{k: summary[k] for k in (
                 "val_loss", "test_exact_match", "arithmetic_accuracy", "trainable_parameters", "peak_memory_mb", "file_bytes", "step_ms", "train_seconds")}}
             rows.append({**row, **measured, **{k: statistics.mean(v) for k, v in measured["layers"].items()}, "history": history(out)})
-        for label in references if len(args.seeds) > 1 and not args.sweep else ():         # how far apart two full fine-tunings are
-            other = observe(trained_model(jobs[f"{label} seed={args.seeds[args.seeds.index(seed) - 1]}"][0]), run.validation)
+        previous = args.seeds[args.seeds.index(seed) - 1]
+        for label in references if previous != seed and not args.sweep else ():            # how far apart two full fine-tunings are
+            if "diverged" in summaries[f"{label} seed={previous}"]:
+                continue
+            other = observe(trained_model(jobs[f"{label} seed={previous}"][0]), run.validation)
             layers = selection_measures(other, base_seen, seen[label])
             rows.append({"variant": "full, another seed", "seed": seed, "layers": layers, **{k: statistics.mean(v) for k, v in layers.items()}})
         for label, rank in itertools.product(references if not args.sweep else (), (lora["rank"], None)):
@@ -1008,7 +1011,10 @@ def references(comparison, label):
 
 
 def describe(ours, theirs, digits):
-    """"mean [low, high] verdict" of ours - theirs, {seed: value} each; a called difference with the number of seeds that agree in its sign."""
+    """"mean [low, high] verdict" of ours - theirs, {seed: value} each; a called difference with the number of seeds that agree in its sign.
+    "-" where fewer than two seeds have both."""
+    if len(set(ours) & set(theirs)) < 2:
+        return "-"
     mean, low, high = paired_difference(ours, theirs)
     seeds = set(ours) & set(theirs)
     agree = sum((ours[seed] - theirs[seed]) * mean > 0 for seed in seeds)
@@ -1037,7 +1043,7 @@ def tables(comparison):
     for name, columns in COLUMNS.items():
         columns = measured(comparison, columns)
         base = ["base", "", *(f"{comparison['base'][k]:.{digits}f}" if comparison["base"].get(k) is not None else "-" for k, (_, digits) in columns.items())]
-        lines = [[label, rate_text(variants[label]) if label in variants else "",
+        lines = [[label + diverged_text(rows, label), rate_text(variants[label]) if label in variants else "",
                   *(mean_and_deviation(by_seed(comparison, label, k).values(), digits) for k, (_, digits) in columns.items())]
                  for label in dict.fromkeys(row["variant"] for row in rows)]
         text[name] = markdown_table(["", "lr", *(title for title, _ in columns.values())], [base, *lines])
@@ -1047,11 +1053,17 @@ def tables(comparison):
         text["differences"] = markdown_table(["", *(title for title, _ in columns.values())], [
             [f"{label} - {other}", *(difference(label, other, k) for k in columns)] for label in variants for other in references(comparison, label)])
     if comparison["step_time"]:
-        runs = {label: [row for row in rows if row["variant"] == label] for label in variants}
+        runs = {label: own for label in variants if (own := [row for row in rows if row["variant"] == label and "diverged" not in row])}
         text["costs"] = markdown_table(["", "trainable parameters", "step time / LoRA", "peak memory (MB)", "file (kB)"], [
             [label, f"{r[0]['trainable_parameters']:,}", f"{comparison['step_time'][label]:.2f}", f"{statistics.median(x['peak_memory_mb'] for x in r):,.0f}",
              f"{r[0]['file_bytes'] / 1e3:,.0f}"] for label, r in runs.items()])
     return text
+
+
+def diverged_text(rows, label):
+    own = [row for row in rows if row["variant"] == label]
+    diverged = sum("diverged" in row for row in own)
+    return f" ({diverged} of {len(own)} seeds diverged)" if diverged else ""
 
 
 def rate_text(variant):
@@ -1220,7 +1232,7 @@ def styles(labels):
 
 def layer_means(comparison, label, column):
     """[mean over seeds] per FFN."""
-    return np.mean([row["layers"][column] for row in comparison["rows"] if row["variant"] == label], axis=0)
+    return np.mean([row["layers"][column] for row in comparison["rows"] if row["variant"] == label and column in row.get("layers", ())], axis=0)
 
 
 def draw_alignment(comparison, path):
@@ -1297,9 +1309,12 @@ def draw_differences(comparison, path):
         lora = by_seed(comparison, "lora", column)
         for y, label in enumerate(labels):
             own = by_seed(comparison, label, column)
+            common = [seed for seed in own if seed in lora]
+            if len(common) < 2:
+                continue
             mean, low, high = paired_difference(own, lora)
             colour = "#999999" if low <= 0 <= high else "#0072B2" if mean < 0 else "#D55E00"
-            ax.plot([own[s] - lora[s] for s in own if s in lora], [y - 0.3] * len(own), "|", color=colour, markersize=5, alpha=0.7)
+            ax.plot([own[seed] - lora[seed] for seed in common], [y - 0.3] * len(common), "|", color=colour, markersize=5, alpha=0.7)
             ax.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color=colour, capsize=2, markersize=4)
         ax.axvline(0, color="0.6", lw=0.8, zorder=0)
         ax.set_yticks(range(len(labels)), labels if ax is axes[0] else [""] * len(labels))
