@@ -784,8 +784,9 @@ def compare(args):
     summaries = run_jobs(jobs, args.jobs)
     torch.set_num_threads(args.jobs * args.threads)                 # from here on this process works alone
     rows, base = measure(args, variants, jobs, summaries)
+    configurations = [configure(args, variant["spec"]) for variant in variants.values()]
     result = rounded({"variants": variants, "sweep": args.sweep, "seeds": args.seeds, "tuning_seeds": args.tuning_seeds, "base": base, "rows": rows,
-                      "configuration": configure(args, next(iter(variants))), "step_time": step_times(args, variants, jobs, summaries), "machine": machine()})
+                      "configuration": max(configurations, key=lambda c: "rank" in c), "step_time": step_times(args, variants, jobs, summaries), "machine": machine()})
     write_json(args.results / "comparison.json", result)
     result = read_json(args.results / "comparison.json")
     for name, text in (("comparison.csv", csv_text(rows)), ("comparison.md", markdown(result))):
@@ -1037,7 +1038,9 @@ def markdown_table(header, rows):
 def tables(comparison):
     """{"about", "results", "selection", "differences", "costs": Markdown} of a comparison, from comparison.json alone."""
     variants, rows, m, c = (comparison[k] for k in ("variants", "rows", "machine", "configuration"))
-    text = {"about": f"Base {c['base']}, data {c['data']}, {c['steps']} steps of {c['batch_size']}, {c['optimizer']}, {c['dtype']}; "
+    adapters = f"LoRA of rank {c['rank']} and alpha {c['alpha']:g} on {'all linear layers' if c['targets'] == ALL_LINEAR else ', '.join(c['targets'])}, " if "rank" in c else ""
+    examples = f"{c['train_size']} examples of " if c["train_size"] else ""
+    text = {"about": f"Base {c['base']}, data {examples}{c['data']}, {adapters}{c['steps']} steps of {c['batch_size']}, {c['optimizer']}, {c['dtype']}; "
                      f"seeds {', '.join(map(str, comparison['seeds']))}; {tuning_text(comparison)}. {m['cores']} cores of {m['processor']}, Python {m['python']}, "
                      f"PyTorch {m['torch']}."}
     for name, columns in COLUMNS.items():
