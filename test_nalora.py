@@ -2051,9 +2051,11 @@ def test_what_a_variant_is_compared_with():
                 for label in ("full", "lora", "lora:rank=4", "nalora-mask:rank=4,keep=0.1", "random-mask:keep=0.5", "random-mask:rank=4,keep=0.1", "inverted-mask")}
     find = lambda label: train_tiny.references({"variants": variants}, label)
     assert find("nalora-mask:rank=4,keep=0.1") == ["lora", "lora:rank=4", "random-mask:rank=4,keep=0.1", "inverted-mask"]
-    assert find("lora") == [] and find("full") == ["lora", "lora:rank=4"]
+    assert find("lora") == [] and find("lora:rank=4") == ["lora"] and find("full") == ["lora", "lora:rank=4"]
     swept = {f"{method}:keep={k}": {"method": method, "changes": f"keep={k}", "value": f"keep={k}"} for method in ("nalora-mask", "random-mask") for k in (0.1, 0.5)}
     assert train_tiny.references({"variants": swept}, "nalora-mask:keep=0.5") == ["random-mask:keep=0.5"]
+    swept["nalora-mask:score=rho_prime,keep=0.5"] = {"method": "nalora-mask", "changes": "score=rho_prime,keep=0.5", "value": "keep=0.5"}
+    assert train_tiny.references({"variants": swept}, "nalora-mask:score=rho_prime,keep=0.5") == ["nalora-mask:keep=0.5", "random-mask:keep=0.5"]
 
 
 @pytest.mark.parametrize("flags, message", [

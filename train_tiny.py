@@ -1003,12 +1003,14 @@ def paired_difference(ours, theirs):
 
 
 def references(comparison, label):
-    """Labels that a variant is compared with, at its value of the sweep: every LoRA, and of each control the one whose flags differ least."""
+    """Labels that a variant is compared with, at its value of the sweep: every LoRA, its own method without flags, and of each control the
+    one whose flags differ least."""
     variants, own = comparison["variants"], comparison["variants"][label]
     of = lambda method: [other for other, v in variants.items() if v["method"] == method and other != label and v["value"] in (None, own["value"])]
     differing = lambda other: len(set(own["changes"].split(",")) ^ set(variants[other]["changes"].split(",")))
     controls = [min(of(method), key=differing) for method in CONTROLS.get(own["method"], []) if of(method)]
-    return of("lora") * (own["method"] != "lora") + controls
+    plain = [other for other in of(own["method"]) if variants[other]["changes"] == (own["value"] or "")]
+    return list(dict.fromkeys(of("lora") * (own["method"] != "lora") + plain + controls))
 
 
 def describe(ours, theirs, digits):
@@ -1222,7 +1224,7 @@ def draw_comparison(comparison, folder, anew=False):
 
 
 # colour and marker of a method wherever several are drawn: squares do both, triangles mask, diamonds scale; oranges are controls
-STYLES = {"lora": ("#000000", "o"), "nalora": ("#0072B2", "s"), "nalora-neutral": ("#56B4E9", "s"), "random-uniform": ("#E69F00", "s"),
+STYLES = {"lora": ("#000000", "o"), "nalora": ("#0072B2", "s"), "nalora-neutral": ("#56B4E9", "s"), "random-uniform": ("#E69F00", "s"), "random-neutral": ("#D55E00", "s"),
           "nalora-mask": ("#0072B2", "^"), "random-mask": ("#E69F00", "^"), "inverted-mask": ("#D55E00", "v"), "nalora-scale": ("#009E73", "D"),
           "uniform-scale": ("#CC79A7", "D"), "full": ("#999999", "P"), "full, another seed": ("#999999", "X")}
 
