@@ -250,10 +250,12 @@ class NALoRA:
             self._samples[key] = z.detach().flatten(0, -2)[every].clone(), tokens           # (T, F), (T,)
 
     def _before_step(self, optimizer, args, kwargs):
+        """Optimizer hook: remembers where A and B are."""
         self._before = [p.detach().clone() for _, _, p in self._controlled]
 
     @torch.no_grad()
     def _after_step(self, optimizer, args, kwargs):
+        """Optimizer hook: decides by what was seen, then sets each parameter between where it was and where the optimizer put it."""
         if self._adapters != (now := self._active()):
             self._adapters = now
             warnings.warn("Other adapters are active than when this NALoRA was made, and they train as plain LoRA: remove() it and make a new one.", stacklevel=3)
