@@ -1379,7 +1379,7 @@ def draw_at_work(jobs, seed, path):
     traces = {method: trace({**c, "lr": config["nalora"]["lr"]}) for method, c in config.items()}   # one learning rate: paths are to be compared
     importance, names = traces["nalora"]["importance"], list(traces["nalora"]["importance"])
     names = [names[round(i)] for i in np.linspace(0, len(names) - 1, min(4, len(names)))]
-    figure, axes = new_figure(len(names), width=12, height=5.4, rows=2)
+    figure, axes = new_figure(len(names), width=12, height=5.8, rows=2)
     for (top, bottom), name in zip(zip(*axes), names):
         order = np.argsort(-importance[name][-1])
         image = top.imshow(np.array(importance[name])[:, order].T, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest",
@@ -1388,11 +1388,11 @@ def draw_at_work(jobs, seed, path):
         for method, colour in (("lora", COLOURS[7]), ("nalora", COLOURS[0])):
             if method in traces:
                 bottom.plot(traces[method]["travel"][name][order], ".", color=colour, markersize=2.5, label=method)
-        bottom.set(xlabel="gate channel, by final importance", ylim=(0, None))
-    axes[0][0].set_ylabel("gate channel, by final importance")
-    axes[1][0].set_ylabel("path length of the row of B_gate")
+        bottom.set(xlabel="gate channel, sorted", ylim=(0, None))
+    axes[0][0].set_ylabel("gate channel, sorted")
+    axes[1][0].set_ylabel("path length of row")
     axes[1][-1].legend(frameon=False, markerscale=4, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.colorbar(image, ax=axes[0], label="importance (EMA of mean |phi'|)")
+    figure.colorbar(image, ax=axes[0], label="importance")
     save_figure(figure, path)
 
 
