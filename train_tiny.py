@@ -1117,8 +1117,8 @@ def report(results, readme):
     for name, comparison in comparisons.items():
         write_whole(results / name / "comparison.md", lambda path: path.write_text(markdown(comparison), encoding="utf-8"))
         draw_comparison(comparison, results / name, anew=True)
-    whole = {name: c for name, c in comparisons.items() if {"full", "nalora"} <= set(c["variants"]) and not c["sweep"]}
-    draw_homogeneity({c["base"]["path"]: c for c in whole.values()}, results / "homogeneity.png")                    # the last of each base
+    whole = {c["base"]["path"]: c for c in comparisons.values() if {"full", "nalora"} <= set(c["variants"]) and not c["sweep"]}      # the last of each base
+    draw_homogeneity(dict(sorted(whole.items(), key=lambda item: len(item[1]["base"]["layers"]["k_hat"]))), results / "homogeneity.png")      # small ones first
     draw_keep([c for c in comparisons.values() if c["sweep"] == "keep"], results / "keep.png")
     write_whole(readme, lambda path: path.write_text(with_tables(readme.read_text(encoding="utf-8"), results), encoding="utf-8"))
     print(f"{readme} and the figures in {results} are made anew from {', '.join(comparisons)}.")
