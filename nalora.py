@@ -220,7 +220,8 @@ class NALoRA:
         self._observes = config.mask in ("derivative", "inverted") or config.scale != "none"
         if self._observes:
             parts = (self._gate, "up_proj") if self._norms else (self._gate,)
-            self._handles += [getattr(ffn, part).register_forward_hook(partial(self._observe, (name, part)))
+            observe = torch.compiler.disable(self._observe)                                 # not as a decorator: that costs a second at import
+            self._handles += [getattr(ffn, part).register_forward_hook(partial(observe, (name, part)))
                               for name, ffn in self._ffns.items() for part in parts]
         if self._controlled:
             self._handles += [optimizer.register_step_pre_hook(self._before_step), optimizer.register_step_post_hook(self._after_step)]
@@ -228,7 +229,6 @@ class NALoRA:
         if self._observes:
             self._handles.append(self._controlled[0][2].register_post_accumulate_grad_hook(self._after_backward))
 
-    @torch.compiler.disable
     def _observe(self, key, linear, inputs, z):
         """Forward hook of a gate, and of up_proj for score="downstream" (key: the names of FFN and layer; z: its output). Training only:
         evaluation must leave no trace in the statistics."""
@@ -661,17 +661,20 @@ class Llama(nn.Module):
     @classmethod
     def from_pretrained(cls, directory, dtype=torch.float32):
         """Reads config.json and model.safetensors (or the shards of its index). ValueError if they are missing, broken or do not agree."""
-        config = LlamaConfig.from_dict(read_json(Path(directory) / "config.json"))
+        c = LlamaConfig.from_dict(read_json(Path(directory) / "config.json"))
         weights = {k: v for k, v in read_weights(Path(directory)).items() if not k.endswith("rotary_emb.inv_freq")}   # old exports
-        if config.tie_word_embeddings and "model.embed_tokens.weight" in weights:
+        if c.tie_word_embeddings and "model.embed_tokens.weight" in weights:
             weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-        with torch.device("meta"):                              # shapes only: a wrong size is found before its memory is asked for
-            shapes, expected = ({k: tuple(v.shape) for k, v in d.items()} for d in (weights, cls(config).state_dict()))
+        attention, ffn = 2 * c.head_dim * (c.num_attention_heads + c.num_key_value_heads), 3 * c.intermediate_size
+        asked, there = c.hidden_size * (c.vocab_size + c.num_hidden_layers * (attention + ffn)), sum(t.numel() for t in weights.values())
+        if asked > 2 * there > 0:                               # found before the memory is asked for
+            raise ValueError(f"The weights in {directory} are not those of its config.json, which describes {asked:,} numbers where {there:,} are.")
+        model = cls(c).to(dtype)
+        shapes, expected = ({k: tuple(v.shape) for k, v in d.items()} for d in (weights, model.state_dict()))
         wrong = sorted(k for k in {*shapes, *expected} if shapes.get(k) != expected.get(k))
         if wrong:
             raise ValueError(f"The weights in {directory} are not those of its config.json: {wrong[0]} is {shapes.get(wrong[0], 'missing')}, "
                              f"expected {expected.get(wrong[0], 'nothing of that name')} ({len(wrong)} such).")
-        model = cls(config).to(dtype)
         model.load_state_dict(weights)
         return model
 

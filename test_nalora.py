@@ -1018,6 +1018,15 @@ def test_no_llama_has_such_a_config(tmp_path, change):
         Llama.from_pretrained(tmp_path)
 
 
+def test_a_config_far_larger_than_the_weights_is_refused_before_it_takes_memory(tmp_path, monkeypatch):
+    small_llama().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 2**24}))
+    monkeypatch.setattr(Llama, "__init__", None)                    # nothing is built
+    with pytest.raises(ValueError, match="describes 3,221,.* numbers where"):
+        Llama.from_pretrained(tmp_path)
+
+
 def test_broken_checkpoints_are_refused(tmp_path):
     with pytest.raises(ValueError, match="config.json cannot be read"):
         Llama.from_pretrained(tmp_path / "none")

@@ -1312,14 +1312,18 @@ def draw_differences(comparison, path):
     figure, axes = new_figure(len(columns), width=12, height=0.4 * len(labels) + 1.6)
     for ax, (column, (title, digits)) in zip(axes, columns.items()):
         lora = by_seed(comparison, "lora", column)
-        for y, label in enumerate(labels):
-            own = by_seed(comparison, label, column)
-            common = [seed for seed in own if seed in lora]
-            if len(common) < 2:
+        own = {label: by_seed(comparison, label, column) for label in labels}
+        differences = {label: [own[label][seed] - lora[seed] for seed in lora if seed in own[label]] for label in labels}
+        reach = 6 * np.median([abs(statistics.mean(d)) + np.std(d) for d in differences.values() if d])
+        for y, (label, values) in enumerate(differences.items()):
+            if len(values) < 2:
                 continue
-            mean, low, high = paired_difference(own, lora)
+            mean, low, high = paired_difference(own[label], lora)
             colour = "#999999" if low <= 0 <= high else "#0072B2" if mean < 0 else "#D55E00"
-            ax.plot([own[seed] - lora[seed] for seed in common], [y - 0.3] * len(common), "|", color=colour, markersize=5, alpha=0.7)
+            if abs(mean) > reach:                                   # off the scale that the rest need: its number instead
+                ax.text(0.98, y, f"{mean:+.{digits - 1}f}", color=colour, ha="right", va="center", transform=ax.get_yaxis_transform())
+                continue
+            ax.plot(values, [y - 0.3] * len(values), "|", color=colour, markersize=5, alpha=0.7)
             ax.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color=colour, capsize=2, markersize=4)
         ax.axvline(0, color="0.6", lw=0.8, zorder=0)
         ax.set_yticks(range(len(labels)), labels if ax is axes[0] else [""] * len(labels))
@@ -1557,6 +1561,8 @@ def bench(args):
                      "peak_memory_mb": sorted(in_new_process(peak_of_process, makers[name]) for _ in range(3)),
                      "share_of_matmul_peak": statistics.median(flops * tokens / s for s, _, tokens in taken) / peak})
     print("where the time goes, sizes, start", flush=True)
+    for step in range(rounds if first.problems else 0):             # so that it answers at length
+        first.train_step(step)
     sizes = [(layers, 16) for layers in (2, 4, 8)] + [(4, windows) for windows in (8, 32)]
     start = [sys.executable, "-c", "import sys, nalora; nalora.Llama.from_pretrained(sys.argv[1])", Path(config["base"]).resolve()]
     result = rounded({"configuration": config, "rounds": rounds, "machine": machine(), "rows": rows, "matmul_peak": peak,
