@@ -470,7 +470,7 @@ def digest(about, tensors):
     """SHA-256 of a text and of the names, dtypes, shapes and bytes of tensors: what was changed since it was taken is noticed."""
     sha = hashlib.sha256(about.encode())
     for name, t in sorted(tensors.items()):
-        sha.update(f"{name} {t.dtype} {tuple(t.shape)}".encode() + t.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        sha.update(f"{name} {t.dtype} {tuple(t.shape)}".encode() + t.cpu().flatten().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
 
 
@@ -1216,7 +1216,7 @@ def draw_comparison(comparison, folder, anew=False):
     figures = {"sweep.png": (draw_sweep, comparison["sweep"]),
                "differences.png": (draw_differences, not comparison["sweep"] and len(comparison["seeds"]) > 1 and "lora" in comparison["variants"]),
                "alignment.png": (draw_alignment, not comparison["sweep"] and any(row.get("weight_cosine") is not None for row in rows)),
-               "training.png": (draw_training, not comparison["sweep"] and any(len(row.get("history", [])) > 1 and len(row["history"][0]) > 2 for row in rows)),
+               "training.png": (draw_training, not comparison["sweep"] and any(len(row.get("history", [])) > 1 for row in rows)),
                "homogeneity.png": (lambda c, path: draw_homogeneity({c["base"]["path"]: c}, path), not comparison["sweep"])}
     for name, (draw, possible) in figures.items():
         if possible and (not anew or (folder / name).exists()):
