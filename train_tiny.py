@@ -1342,26 +1342,33 @@ def draw_sweep(comparison, path):
 
 
 def draw_keep(comparisons, path):
-    """The sweeps over keep side by side."""
-    if comparisons:
-        figure, axes = new_figure(len(comparisons), width=2.2 + 3.4 * len(comparisons), height=3.4)
-        handles = {}
-        for ax, comparison in zip(axes, comparisons):
-            draw_curves(ax, comparison)
+    """The sweeps over keep side by side: their losses, and M where a full fine-tuning tells it."""
+    panels = [(c, column) for column in ("val_loss", "misalignment") for c in comparisons if any(row.get(column) for row in c["rows"])]
+    if panels:
+        rows = 1 + (len(panels) > 3)
+        columns = math.ceil(len(panels) / rows)
+        figure, axes = new_figure(columns, width=2.2 + 3.4 * columns, height=3.4 * rows, rows=rows)
+        axes, handles = np.ravel(axes), {}
+        for ax in axes[len(panels):]:
+            ax.remove()
+        for ax, (comparison, column) in zip(axes, panels):
+            draw_curves(ax, comparison, column)
             ax.set(title=f"{comparison['base']['path']}, {comparison['configuration']['optimizer']}")
             handles |= {label: handle for handle, label in zip(*ax.get_legend_handles_labels())}
         figure.legend(handles.values(), handles, loc="outside right center", frameon=False)
         save_figure(figure, path)
 
 
-def draw_curves(ax, comparison):
-    """Loss against the value of the sweep with bands of one standard deviation, or side by side if there is but one value; across, what has none."""
+def draw_curves(ax, comparison, column="val_loss"):
+    """A column against the value of the sweep with bands of one standard deviation, or side by side if there is but one value; across, what has none."""
     values = list(dict.fromkeys(v["value"] for v in comparison["variants"].values() if v["value"] is not None))
     ticks = [re.sub(r"(,.*|^.*?=)", "", value) or ALL_VALUES[comparison["sweep"]] for value in values]
     for i, (method, (colour, marker)) in enumerate(styles(dict.fromkeys(v["spec"] for v in comparison["variants"].values())).items()):
         labels = [label for label, v in comparison["variants"].items() if v["spec"] == method]
-        losses = [list(by_seed(comparison, label, "val_loss").values()) for label in labels]
-        means, deviations = np.array([np.mean(x) for x in losses]), np.array([np.std(x, ddof=1) if len(x) > 1 else 0 for x in losses])
+        seen = [list(by_seed(comparison, label, column).values()) for label in labels]
+        if not any(map(any, seen)):                                 # not measured, or the reference itself, whose M is 0
+            continue
+        means, deviations = np.array([np.mean(x) for x in seen]), np.array([np.std(x, ddof=1) if len(x) > 1 else 0 for x in seen])
         if comparison["variants"][labels[0]]["value"] is None:
             ax.axhline(means[0], linestyle="--", color=colour, label=method)
             ax.axhspan(means[0] - deviations[0], means[0] + deviations[0], color=colour, alpha=0.2, lw=0)
@@ -1371,7 +1378,7 @@ def draw_curves(ax, comparison):
             ax.plot(range(len(values)), means, "-", marker=marker, color=colour, label=method, markersize=4)
             ax.fill_between(range(len(values)), means - deviations, means + deviations, color=colour, alpha=0.2, lw=0)
     ax.set_xticks(range(len(values)), ticks)
-    ax.set(xlabel=comparison["sweep"], ylabel="validation loss (nats per token)")
+    ax.set(xlabel=comparison["sweep"], ylabel="misalignment M" if column == "misalignment" else "validation loss (nats per token)")
     if len(values) == 1:
         ax.set_xlim(-0.3, 0.8)
         ax.set_xticks([0.25], ticks)
