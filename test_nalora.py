@@ -357,6 +357,22 @@ def test_random_and_inverted_controls():
         assert torch.equal(s["importance"], t["importance"]) and torch.equal(s["mask"], ~t["mask"])
 
 
+def test_shuffled_control():
+    """At every step the derivative mask of what was seen, dealt to other rows by one permutation per FFN, which the seed decides."""
+    model, opt, tool = start(NALoRAConfig(mask="shuffled", keep=0.25, ema=0, seed=3))
+    pairs = []
+    for step in range(12):
+        take_step(model, opt, step)
+        pairs.append([(nalora.importance_mask(s["importance"], 0.25), s["mask"]) for s in tool.statistics().values()])
+    orders = [order for order in tool._order.values()]
+    assert all(torch.equal(shown[order], mask) for step in pairs for (shown, mask), order in zip(step, orders))
+    assert len({tuple(step[0][1].tolist()) for step in pairs}) == len({tuple(step[0][0].tolist()) for step in pairs}) > 1      # it changes as often
+    assert any(not torch.equal(shown, mask) for shown, mask in pairs[0]) and not torch.equal(*orders)
+    assert all(torch.equal(order.sort().values, torch.arange(len(order))) for order in orders)
+    same, other = (start(NALoRAConfig(mask="shuffled", seed=seed))[2]._order for seed in (3, 4))
+    assert [order.tolist() for order in same.values()] == [order.tolist() for order in orders] != [order.tolist() for order in other.values()]
+
+
 def test_score_rho_prime():
     z = torch.cat([torch.linspace(-4, 4, 801, dtype=torch.float64), torch.tensor([1e-9, -1e-9])])[:, None]
     scores = nalora.gate_sums(F.silu, z.repeat(1, 2), score="rho_prime")[0] / len(z)
@@ -442,7 +458,7 @@ def test_evaluation_leaves_no_trace():
     assert equal(snapshot(model), snapshot(model_e))
 
 
-@pytest.mark.parametrize("config", [NALoRAConfig(), NALoRAConfig(mask="random", seed=5), NALoRAConfig(scale="uniform", mask="none")])
+@pytest.mark.parametrize("config", [NALoRAConfig(), NALoRAConfig(mask="random", seed=5), NALoRAConfig(mask="shuffled", seed=5), NALoRAConfig(scale="uniform", mask="none")])
 def test_state_dict_round_trip(config):
     model, opt, tool = start(config)
     take_step(model, opt, 0)
@@ -533,7 +549,7 @@ def test_random_shapes(seed):
     targets = [*FFN[:rng.randrange(1, 4)], *rng.sample(["q_proj", "v_proj", "o_proj"], rng.randrange(3))]
     smallest = min(min(m.weight.shape) for name, m in model.named_modules() if name.split(".")[-1] in targets)
     inject_lora(model, targets, rng.randrange(1, smallest + 1), rng.choice([1, 7.5, 16]))
-    mask, scale = rng.choice(["derivative", "inverted", "random", "none"]), rng.choice(["homogeneity", "uniform", "none"])
+    mask, scale = rng.choice(["derivative", "inverted", "shuffled", "random", "none"]), rng.choice(["homogeneity", "uniform", "none"])
     settings = NALoRAConfig(mask=mask, keep=rng.uniform(0.01, 1), scale=scale, budget="raw" if scale == "uniform" else rng.choice(["raw", "neutral"]),
                             score=rng.choice(["phi_prime", "rho_prime", "downstream"]), ema=rng.choice([0, 0.9]), stride=rng.choice([1, 2, 17, 1000]), seed=seed)
     model, opt, tool = start(settings, model, rng.choice([torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad]))
@@ -1451,9 +1467,10 @@ def test_method_all_prints_one_table(base, tmp_path, capsys, monkeypatch):
 def test_presets_are_what_they_are_called():
     args = train_tiny.command_line().parse_args([])
     get = lambda method: train_tiny.resolve(args, method)["nalora"]
-    assert [(get(m)["mask"], get(m)["scale"], get(m)["budget"]) for m in list(train_tiny.METHODS)[3:11]] == [
+    assert [(get(m)["mask"], get(m)["scale"], get(m)["budget"]) for m in list(train_tiny.METHODS)[3:14]] == [
         ("derivative", "homogeneity", "raw"), ("derivative", "none", "raw"), ("none", "homogeneity", "raw"), ("random", "none", "raw"),
-        ("inverted", "none", "raw"), ("none", "uniform", "raw"), ("random", "uniform", "raw"), ("derivative", "homogeneity", "neutral")]
+        ("inverted", "none", "raw"), ("none", "uniform", "raw"), ("random", "uniform", "raw"), ("derivative", "homogeneity", "neutral"),
+        ("random", "none", "neutral"), ("shuffled", "homogeneity", "raw"), ("shuffled", "none", "raw")]
     assert get("nalora") == asdict(NALoRAConfig())
 
 

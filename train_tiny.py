@@ -50,12 +50,14 @@ ROOT = Path(os.path.relpath(Path(__file__).resolve().parent))
 DATA = ROOT / "data"
 RANK, LOCAL_RANK, RANKS = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))      # of torchrun
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# What each method sets in NALoRAConfig; None: no NALoRA. The controls are matched: the random and inverted masks to nalora-mask,
-# the uniform scale to nalora-scale, both together (random-uniform) to nalora, random-neutral to nalora-neutral.
+# What each method sets in NALoRAConfig; None: no NALoRA. The controls are matched: the shuffled, random and inverted masks to nalora-mask,
+# the uniform scale to nalora-scale, nalora-shuffled and random-uniform to nalora, random-neutral to nalora-neutral.
 METHODS = {"pretrain": None, "full": None, "lora": None, "nalora": {}, "nalora-mask": {"scale": "none"}, "nalora-scale": {"mask": "none"},
            "random-mask": {"mask": "random", "scale": "none"}, "inverted-mask": {"mask": "inverted", "scale": "none"},
            "uniform-scale": {"mask": "none", "scale": "uniform"}, "random-uniform": {"mask": "random", "scale": "uniform"},
-           "nalora-neutral": {"budget": "neutral"}, "random-neutral": {"mask": "random", "scale": "none", "budget": "neutral"}, **dict.fromkeys(peers.PEERS), **{f"nalora-{peer}": {} for peer in ("rslora", "lora+", "dora", "pissa")}}
+           "nalora-neutral": {"budget": "neutral"}, "random-neutral": {"mask": "random", "scale": "none", "budget": "neutral"},
+           "nalora-shuffled": {"mask": "shuffled"}, "shuffled-mask": {"mask": "shuffled", "scale": "none"},
+           **dict.fromkeys(peers.PEERS), **{f"nalora-{peer}": {} for peer in ("rslora", "lora+", "dora", "pissa")}}
 LEARNING_RATE, SGD_LEARNING_RATE = {"pretrain": 3e-3, "full": 2e-3}, 0.3      # every LoRA method with AdamW: 5e-3
 TINY = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
             max_position_embeddings=256, tie_word_embeddings=True)
@@ -621,8 +623,9 @@ def step_time_ratio(config, other, pairs):
 # ---- the comparison: variants x learning rates x seeds, judged by paired differences ------------------------------------------------
 
 
-COMPARED = ["full", "lora", "nalora", "nalora-neutral", "nalora-mask", "nalora-scale", "random-mask", "inverted-mask", "uniform-scale", "random-uniform", "random-neutral"]
-CONTROLS = {"nalora": ["random-mask", "random-uniform"], "nalora-neutral": ["nalora", "random-neutral"], "nalora-mask": ["random-mask", "inverted-mask"],
+COMPARED = ["full", "lora", "nalora", "nalora-neutral", "nalora-mask", "nalora-scale", "nalora-shuffled", "shuffled-mask", "random-mask", "inverted-mask", "uniform-scale"]
+CONTROLS = {"nalora": ["nalora-shuffled", "random-mask", "random-uniform"], "nalora-neutral": ["nalora", "random-neutral"],
+            "nalora-mask": ["shuffled-mask", "random-mask", "inverted-mask"],
             "nalora-scale": ["uniform-scale"], **{peer: ["nalora"] for peer in peers.PEERS}, **{f"nalora-{peer}": [peer] for peer in peers.PEERS}}
 TUNING_GRID = {"adamw": [1e-3, 2.5e-3, 6e-3, 1.5e-2], "sgd": [0.1, 0.3, 1.0, 3.0]}      # one grid for every variant
 SWEEPS = {"rank": [f"rank={r},alpha={2 * r}" for r in (1, 2, 4, 8, 16)], "train-size": ["train-size=100", "train-size=300", ""],
@@ -1225,6 +1228,7 @@ def draw_comparison(comparison, folder, anew=False):
 
 # colour and marker of a method wherever several are drawn: squares do both, triangles mask, diamonds scale; oranges are controls
 STYLES = {"lora": ("#000000", "o"), "nalora": ("#0072B2", "s"), "nalora-neutral": ("#56B4E9", "s"), "random-uniform": ("#E69F00", "s"), "random-neutral": ("#D55E00", "s"),
+          "nalora-shuffled": ("#CC79A7", "s"), "shuffled-mask": ("#CC79A7", "^"), "shuffled-mask:score=rho_prime": ("#56B4E9", "v"), "nalora-mask:score=rho_prime": ("#009E73", "^"),
           "nalora-mask": ("#0072B2", "^"), "random-mask": ("#E69F00", "^"), "inverted-mask": ("#D55E00", "v"), "nalora-scale": ("#009E73", "D"),
           "uniform-scale": ("#CC79A7", "D"), "full": ("#999999", "P"), "full, another seed": ("#999999", "X")}
 
@@ -1336,7 +1340,7 @@ def draw_differences(comparison, path):
 def draw_sweep(comparison, path):
     """Validation loss against the value of the sweep, a curve per method with a band of one standard deviation over seeds."""
     figure, (ax,) = new_figure(1, width=6.5, height=3.6)
-    draw_curves(ax, comparison)
+    draw_curves(ax, comparison, styles(dict.fromkeys(v["spec"] for v in comparison["variants"].values())))
     ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     save_figure(figure, path)
 
@@ -1349,21 +1353,23 @@ def draw_keep(comparisons, path):
         columns = math.ceil(len(panels) / rows)
         figure, axes = new_figure(columns, width=2.2 + 3.4 * columns, height=3.4 * rows, rows=rows)
         axes, handles = np.ravel(axes), {}
+        look = styles(dict.fromkeys(v["spec"] for c in comparisons for v in c["variants"].values()))       # one for all panels
         for ax in axes[len(panels):]:
             ax.remove()
         for ax, (comparison, column) in zip(axes, panels):
-            draw_curves(ax, comparison, column)
+            draw_curves(ax, comparison, look, column)
             ax.set(title=f"{comparison['base']['path']}, {comparison['configuration']['optimizer']}")
             handles |= {label: handle for handle, label in zip(*ax.get_legend_handles_labels())}
         figure.legend(handles.values(), handles, loc="outside right center", frameon=False)
         save_figure(figure, path)
 
 
-def draw_curves(ax, comparison, column="val_loss"):
+def draw_curves(ax, comparison, look, column="val_loss"):
     """A column against the value of the sweep with bands of one standard deviation, or side by side if there is but one value; across, what has none."""
     values = list(dict.fromkeys(v["value"] for v in comparison["variants"].values() if v["value"] is not None))
     ticks = [re.sub(r"(,.*|^.*?=)", "", value) or ALL_VALUES[comparison["sweep"]] for value in values]
-    for i, (method, (colour, marker)) in enumerate(styles(dict.fromkeys(v["spec"] for v in comparison["variants"].values())).items()):
+    for i, method in enumerate(dict.fromkeys(v["spec"] for v in comparison["variants"].values())):
+        colour, marker = look[method]
         labels = [label for label, v in comparison["variants"].items() if v["spec"] == method]
         seen = [list(by_seed(comparison, label, column).values()) for label in labels]
         if not any(map(any, seen)):                                 # not measured, or the reference itself, whose M is 0
@@ -1663,7 +1669,7 @@ def command_line():
     group = parser.add_argument_group("NA-LoRA methods (default: what the method says; see NALoRAConfig)")
     for field in fields(NALoRAConfig):
         if field.name != "seed":
-            choices = {"mask": ["derivative", "inverted", "random", "none"], "scale": ["homogeneity", "uniform", "none"],
+            choices = {"mask": ["derivative", "inverted", "shuffled", "random", "none"], "scale": ["homogeneity", "uniform", "none"],
                        "budget": ["raw", "neutral"], "score": ["phi_prime", "rho_prime", "downstream"]}.get(field.name)
             group.add_argument(f"--{field.name}", type=type(field.default), choices=choices, help=f"default: {field.default}")
     return parser
@@ -1706,7 +1712,7 @@ def resolve(args, method):
     if preset is not None:
         chosen = {f: getattr(args, f) for f in own if getattr(args, f) is not None}
         c = NALoRAConfig(**{**preset, "seed": args.seed, **chosen})
-        ordered = c.mask in ("derivative", "inverted")
+        ordered = c.mask not in ("random", "none")
         idle = {**dict.fromkeys(preset, True), "keep": c.mask == "none", "score": not ordered, "ema": not ordered, "stride": not ordered and c.scale == "none"}
         for name in chosen:
             if idle.get(name) and not several:
