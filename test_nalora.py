@@ -1983,6 +1983,8 @@ def test_compare_writes_tables_and_figures_and_repeats_nothing(base, comparison,
     result = json.loads((comparison / "comparison.json").read_text())
     assert list(result["variants"]) == ["full", "lora", "nalora", "random-mask"] and len(result["rows"]) == 2 * 7
     lora = [row for row in result["rows"] if row["variant"] == "lora"]
+    moved = {row["variant"]: row.get("rows_moved") for row in result["rows"]}
+    assert moved["full"] is None and moved["lora"] == 1 and moved["random-mask"] == 0.5 <= moved["nalora"] <= 1
     assert [row["seed"] for row in lora] == [0, 1] and lora[0]["val_loss"] != lora[1]["val_loss"]
     for column in (c for columns in train_tiny.COLUMNS.values() for c in columns):
         assert all(math.isfinite(row[column]) for row in lora), column

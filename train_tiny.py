@@ -37,7 +37,7 @@ import numpy as np
 import tiktoken
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -635,7 +635,7 @@ SWEEPS = {"rank": [f"rank={r},alpha={2 * r}" for r in (1, 2, 4, 8, 16)], "train-
 COLUMNS = {"results": {"val_loss": ("validation loss", 4), "test_exact_match": ("exact match", 3), "text_loss_increase": ("forgetting: text loss", 3),
                        "arithmetic_accuracy": ("held-out equations", 3)},
            "selection": {"misalignment": ("misalignment M", 3), "shift_cosine": ("selection-shift cosine", 3), "weight_cosine": ("weight cosine", 3),
-                         "entropy": ("selection entropy", 4)}}
+                         "entropy": ("selection entropy", 4), "rows_moved": ("gate rows moved", 2)}}
 DIFFERENCES = {**COLUMNS["results"], "misalignment": COLUMNS["selection"]["misalignment"]}      # what is compared seed by seed
 ALL_VALUES = {"train-size": "all", "targets": "all linear"}         # what a sweep's empty value means
 MAY_DIFFER = ["steps", "batch-size", "lr", "warmup", "weight-decay", "optimizer", "beta1", "beta2", "momentum", "grad-clip", "train-size", "rank", "alpha",
@@ -921,7 +921,7 @@ def measure(args, variants, jobs, summaries):
             measured, summary = read_json(path), summaries[f"{label} seed={seed}"]
             row = {"variant": label, "seed": seed, "lr": config["lr"], **{k: summary[k] for k in (
                 "val_loss", "test_exact_match", "arithmetic_accuracy", "trainable_parameters", "peak_memory_mb", "file_bytes", "step_ms", "train_seconds")}}
-            rows.append({**row, **measured, **{k: statistics.mean(v) for k, v in measured["layers"].items()}, "history": history(out)})
+            rows.append({**row, **measured, **{k: statistics.mean(v) for k, v in measured["layers"].items()}, "rows_moved": rows_moved(out), "history": history(out)})
         previous = args.seeds[args.seeds.index(seed) - 1]
         for label in references if previous != seed and not args.sweep else ():            # how far apart two full fine-tunings are
             if "diverged" in summaries[f"{label} seed={previous}"]:
@@ -941,6 +941,14 @@ def measure(args, variants, jobs, summaries):
                   "arithmetic_accuracy": arithmetic_accuracy(base, run.tokenizer, run.equations) if run.equations else None,
                   "test_exact_match": exact_match(base, run.tokenizer, run.problems, run.max_new)[0] if run.problems else None,
                   **{k: statistics.mean(v) for k, v in layers.items()}}
+
+
+def rows_moved(out):
+    """Share of the rows of B_gate that are not zero as they were at the start, mean over FFNs; None if no gate carries LoRA."""
+    path = out / "adapter" / "adapter_model.safetensors"
+    weights = load_file(path) if path.exists() else {}
+    shares = [B.any(dim=1).float().mean().item() for name, B in weights.items() if name.endswith("gate_proj.lora_B.weight")]
+    return statistics.mean(shares) if shares else None
 
 
 def history(out):
@@ -1057,7 +1065,8 @@ def tables(comparison):
         text[name] = markdown_table(["", "lr", *(title for title, _ in columns.values())], [base, *lines])
     if len(comparison["seeds"]) > 1:
         columns = measured(comparison, DIFFERENCES)
-        difference = lambda label, other, k: describe(by_seed(comparison, label, k), by_seed(comparison, other, k), columns[k][1])
+        # M of full fine-tuning is 0 by definition
+        difference = lambda label, other, k: "-" if (variants[label]["method"], k) == ("full", "misalignment") else describe(by_seed(comparison, label, k), by_seed(comparison, other, k), columns[k][1])
         text["differences"] = markdown_table(["", *(title for title, _ in columns.values())], [
             [f"{label} - {other}", *(difference(label, other, k) for k in columns)] for label in variants for other in references(comparison, label)])
     if comparison["step_time"]:
