@@ -51,12 +51,11 @@ DATA = ROOT / "data"
 RANK, LOCAL_RANK, RANKS = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))      # of torchrun
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # What each method sets in NALoRAConfig; None: no NALoRA. The controls are matched: the shuffled, random and inverted masks to nalora-mask,
-# the uniform scale to nalora-scale, nalora-shuffled and random-uniform to nalora, random-neutral to nalora-neutral.
+# the uniform scale to nalora-scale, nalora-shuffled and random-uniform to nalora.
 METHODS = {"pretrain": None, "full": None, "lora": None, "nalora": {}, "nalora-mask": {"scale": "none"}, "nalora-scale": {"mask": "none"},
            "random-mask": {"mask": "random", "scale": "none"}, "inverted-mask": {"mask": "inverted", "scale": "none"},
            "uniform-scale": {"mask": "none", "scale": "uniform"}, "random-uniform": {"mask": "random", "scale": "uniform"},
-           "nalora-neutral": {"budget": "neutral"}, "random-neutral": {"mask": "random", "scale": "none", "budget": "neutral"},
-           "nalora-shuffled": {"mask": "shuffled"}, "shuffled-mask": {"mask": "shuffled", "scale": "none"},
+           "nalora-neutral": {"budget": "neutral"}, "nalora-shuffled": {"mask": "shuffled"}, "shuffled-mask": {"mask": "shuffled", "scale": "none"},
            **dict.fromkeys(peers.PEERS), **{f"nalora-{peer}": {} for peer in ("rslora", "lora+", "dora", "pissa")}}
 LEARNING_RATE, SGD_LEARNING_RATE = {"pretrain": 3e-3, "full": 2e-3}, 0.3      # every LoRA method with AdamW: 5e-3
 TINY = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
@@ -624,7 +623,7 @@ def step_time_ratio(config, other, pairs):
 
 
 COMPARED = ["full", "lora", "nalora", "nalora-neutral", "nalora-mask", "nalora-scale", "nalora-shuffled", "shuffled-mask", "random-mask", "inverted-mask", "uniform-scale"]
-CONTROLS = {"nalora": ["nalora-shuffled", "random-mask", "random-uniform"], "nalora-neutral": ["nalora", "random-neutral"],
+CONTROLS = {"nalora": ["nalora-shuffled", "random-mask", "random-uniform"], "nalora-neutral": ["nalora"],
             "nalora-mask": ["shuffled-mask", "random-mask", "inverted-mask"],
             "nalora-scale": ["uniform-scale"], **{peer: ["nalora"] for peer in peers.PEERS}, **{f"nalora-{peer}": [peer] for peer in peers.PEERS}}
 TUNING_GRID = {"adamw": [1e-3, 2.5e-3, 6e-3, 1.5e-2], "sgd": [0.1, 0.3, 1.0, 3.0]}      # one grid for every variant
@@ -1236,7 +1235,7 @@ def draw_comparison(comparison, folder, anew=False):
 
 
 # colour and marker of a method wherever several are drawn: squares do both, triangles mask, diamonds scale; oranges are controls
-STYLES = {"lora": ("#000000", "o"), "nalora": ("#0072B2", "s"), "nalora-neutral": ("#56B4E9", "s"), "random-uniform": ("#E69F00", "s"), "random-neutral": ("#D55E00", "s"),
+STYLES = {"lora": ("#000000", "o"), "nalora": ("#0072B2", "s"), "nalora-neutral": ("#56B4E9", "s"), "random-uniform": ("#E69F00", "s"),
           "nalora-shuffled": ("#CC79A7", "s"), "shuffled-mask": ("#CC79A7", "^"), "shuffled-mask:score=rho_prime": ("#56B4E9", "v"), "nalora-mask:score=rho_prime": ("#009E73", "^"),
           "nalora-mask": ("#0072B2", "^"), "random-mask": ("#E69F00", "^"), "inverted-mask": ("#D55E00", "v"), "nalora-scale": ("#009E73", "D"),
           "uniform-scale": ("#CC79A7", "D"), "full": ("#999999", "P"), "full, another seed": ("#999999", "X")}
