@@ -180,8 +180,8 @@ def check_size(rank, alpha, linear, name):
 @dataclass(frozen=True)
 class NALoRAConfig:
     """The method, its ablations and its controls. ValueError on anything that does not stand here."""
-    mask: str = "derivative"        # "derivative" | "inverted" (the least important) | "shuffled" (the derivative mask, changing as it does, but
-                                    # dealt to other rows) | "random" (fixed rows) | "none"
+    mask: str = "derivative"        # "derivative" | "inverted" (the least important) | "shuffled" (the derivative mask, dealt to other rows)
+                                    # | "random" (fixed rows) | "none"
     keep: float = 0.5               # share of the gate channels whose row of B_gate moves, in (0, 1]
     scale: str = "homogeneity"      # "homogeneity" | "uniform" (every FFN takes the arithmetic mean of those scales) | "none"
     budget: str = "raw"             # "neutral": mask divided by its mean, scales by their geometric mean over FFNs; the mean step stays LoRA's

@@ -1236,7 +1236,8 @@ def draw_comparison(comparison, folder, anew=False):
 
 # colour and marker of a method wherever several are drawn: squares do both, triangles mask, diamonds scale; oranges are controls
 STYLES = {"lora": ("#000000", "o"), "nalora": ("#0072B2", "s"), "nalora-neutral": ("#56B4E9", "s"), "random-uniform": ("#E69F00", "s"),
-          "nalora-shuffled": ("#CC79A7", "s"), "shuffled-mask": ("#CC79A7", "^"), "shuffled-mask:score=rho_prime": ("#56B4E9", "v"), "nalora-mask:score=rho_prime": ("#009E73", "^"),
+          "nalora-shuffled": ("#CC79A7", "s"), "shuffled-mask": ("#CC79A7", "^"), "shuffled-mask:score=rho_prime": ("#999999", "v"),
+          "nalora-mask:score=rho_prime": ("#009E73", "^"), "nalora-mask:score=downstream": ("#56B4E9", "d"),
           "nalora-mask": ("#0072B2", "^"), "random-mask": ("#E69F00", "^"), "inverted-mask": ("#D55E00", "v"), "nalora-scale": ("#009E73", "D"),
           "uniform-scale": ("#CC79A7", "D"), "full": ("#999999", "P"), "full, another seed": ("#999999", "X")}
 
@@ -1244,7 +1245,7 @@ STYLES = {"lora": ("#000000", "o"), "nalora": ("#0072B2", "s"), "nalora-neutral"
 def styles(labels):
     """{label: (colour, marker)}: those of STYLES, black stars and pluses for parts of full fine-tuning's change, others in turn."""
     free = itertools.cycle(["#009E73", "#CC79A7", "#56B4E9", "#999999"])
-    return {label: STYLES.get(label) or (("#000000", "*" if "rank" in label else "P") if "full, " in label else (next(free), "d")) for label in labels}
+    return {label: STYLES.get("full" if label.startswith("full:") else label) or (("#000000", "*" if "rank" in label else "P") if "full, " in label else (next(free), "d")) for label in labels}
 
 
 def layer_means(comparison, label, column):
