@@ -48,8 +48,8 @@ homogeneity of self-gated activations"; "a derivative-based temporal-importance 
 specific step-scaling rule when a meaningful coarse effective-homogeneity partition is available". No equation of it is public to
 us. Every formula here is OUR reading of these words: phi' as the derivative, its mean over tokens, ema, keep, the hard cut, acting
 on the step and on B_gate alone, the least-squares k_hat, the partition by sign with its 5 % rule (meant for SiLU and GELU), 1/k_hat,
-its clip and its reach over the whole FFN, budget="neutral", the other scores, and the measures of section 4. The controls (random,
-inverted, shuffled, uniform) answer a public review of the paper. Never cite this file as the authors' method.
+its clip and its reach over the whole FFN, budget="neutral", the other scores, and the measures of section 4. The controls answer a public
+review of the paper (random, inverted, uniform) or are ours (shuffled). Never cite this file as the authors' method.
 
 MAP. 1 the mathematics of selection - 2 LoRA - 3 NA-LoRA - 4 measures - 5 the Llama it is shown on - 6 wiring and files
 """
@@ -218,7 +218,7 @@ class NALoRA:
         self._selects = torch.tensor([selects(activation(ffn)) for ffn in self._ffns.values()]).to(next(iter(self._state.values()))["scale"].device)
         self._norms = {name: column_norms(ffn.down_proj) for name, ffn in self._ffns.items() if config.score == "downstream"}
         self._adapters = self._active()
-        self._order = {name: row_draw(config, i, s["mask"]).argsort() for i, (name, s) in enumerate(self._state.items())}
+        self._order = {name: row_draw(config, i, s["mask"]).argsort() for i, (name, s) in enumerate(self._state.items()) if config.mask == "shuffled"}
         self._observes = config.mask not in ("random", "none") or config.scale != "none"
         if self._observes:
             parts = (self._gate, "up_proj") if self._norms else (self._gate,)

@@ -1064,8 +1064,12 @@ def tables(comparison):
         text[name] = markdown_table(["", "lr", *(title for title, _ in columns.values())], [base, *lines])
     if len(comparison["seeds"]) > 1:
         columns = measured(comparison, DIFFERENCES)
-        # M of full fine-tuning is 0 by definition
-        difference = lambda label, other, k: "-" if (variants[label]["method"], k) == ("full", "misalignment") else describe(by_seed(comparison, label, k), by_seed(comparison, other, k), columns[k][1])
+
+        def difference(label, other, k):
+            if variants[label]["method"] == "full" and k == "misalignment":                 # 0 by definition: not a result
+                return "-"
+            return describe(by_seed(comparison, label, k), by_seed(comparison, other, k), columns[k][1])
+
         text["differences"] = markdown_table(["", *(title for title, _ in columns.values())], [
             [f"{label} - {other}", *(difference(label, other, k) for k in columns)] for label in variants for other in references(comparison, label)])
     if comparison["step_time"]:
@@ -1234,10 +1238,11 @@ def draw_comparison(comparison, folder, anew=False):
             draw(comparison, folder / name)
 
 
-# colour and marker of a method wherever several are drawn: squares do both, triangles mask, diamonds scale; oranges are controls
+# colour and marker of a method wherever several are drawn: squares do both, triangles mask, diamonds scale; oranges, pinks and
+# the grey triangle are controls
 STYLES = {"lora": ("#000000", "o"), "nalora": ("#0072B2", "s"), "nalora-neutral": ("#56B4E9", "s"), "random-uniform": ("#E69F00", "s"),
           "nalora-shuffled": ("#CC79A7", "s"), "shuffled-mask": ("#CC79A7", "^"), "shuffled-mask:score=rho_prime": ("#999999", "v"),
-          "nalora-mask:score=rho_prime": ("#009E73", "^"), "nalora-mask:score=downstream": ("#56B4E9", "d"),
+          "nalora-mask:score=rho_prime": ("#009E73", "^"), "nalora-mask:score=downstream": ("#56B4E9", "^"),
           "nalora-mask": ("#0072B2", "^"), "random-mask": ("#E69F00", "^"), "inverted-mask": ("#D55E00", "v"), "nalora-scale": ("#009E73", "D"),
           "uniform-scale": ("#CC79A7", "D"), "full": ("#999999", "P"), "full, another seed": ("#999999", "X")}
 
@@ -1245,7 +1250,13 @@ STYLES = {"lora": ("#000000", "o"), "nalora": ("#0072B2", "s"), "nalora-neutral"
 def styles(labels):
     """{label: (colour, marker)}: those of STYLES, black stars and pluses for parts of full fine-tuning's change, others in turn."""
     free = itertools.cycle(["#009E73", "#CC79A7", "#56B4E9", "#999999"])
-    return {label: STYLES.get("full" if label.startswith("full:") else label) or (("#000000", "*" if "rank" in label else "P") if "full, " in label else (next(free), "d")) for label in labels}
+
+    def style(label):
+        known = STYLES.get("full" if label.startswith("full:") else label)
+        part = ("#000000", "*" if "rank" in label else "P") if label.startswith("full, ") else None
+        return known or part or (next(free), "d")
+
+    return {label: style(label) for label in labels}
 
 
 def layer_means(comparison, label, column):
