@@ -1186,7 +1186,7 @@ def draw_loss(runs, path):
 
 def draw_layers(records, path):
     """k_hat, occupancy, step scale, mask density and mask turnover of each FFN over steps."""
-    kinds = {"k_hat": "effective homogeneity k_hat", "occupancy": "share of gates z > 0", "scale": "step scale", "density": "mask density",
+    kinds = {"k_hat": "homogeneity k_hat", "occupancy": "share of gates z > 0", "scale": "step scale", "density": "mask density",
              "turnover": "mask turnover per record"}
     figure, axes = new_figure(len(kinds), width=14)
     steps = [r["step"] for r in records]
