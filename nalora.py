@@ -49,7 +49,7 @@ specific step-scaling rule when a meaningful coarse effective-homogeneity partit
 us. Every formula here is OUR reading of these words: phi' as the derivative, its mean over tokens, ema, keep, the hard cut, acting
 on the step and on B_gate alone, the least-squares k_hat, the partition by sign with its 5 % rule (meant for SiLU and GELU), 1/k_hat,
 its clip and its reach over the whole FFN, budget="neutral", the other scores, and the measures of section 4. The controls answer a public
-review of the paper (random, inverted, uniform) or are ours (shuffled). Never cite this file as the authors' method.
+review of the paper (random, inverted, uniform) or are ours (shuffled, redrawn). Never cite this file as the authors' method.
 
 MAP. 1 the mathematics of selection - 2 LoRA - 3 NA-LoRA - 4 measures - 5 the Llama it is shown on - 6 wiring and files
 """
@@ -177,18 +177,20 @@ def check_size(rank, alpha, linear, name):
 
 # ---- 3. NA-LoRA: what is observed, what is decided, what is done to the step -------------------------------------------------------
 
+BLIND_MASKS = ("random", "redrawn", "none")             # those that do not look at the gates
+
 @dataclass(frozen=True)
 class NALoRAConfig:
     """The method, its ablations and its controls. ValueError on anything that does not stand here."""
     mask: str = "derivative"        # "derivative" | "inverted" (the least important) | "shuffled" (the derivative mask, dealt to other rows)
-                                    # | "random" (fixed rows) | "none"
+                                    # | "random" (fixed rows) | "redrawn" (random rows, others at each step) | "none"
     keep: float = 0.5               # share of the gate channels whose row of B_gate moves, in (0, 1]
     scale: str = "homogeneity"      # "homogeneity" | "uniform" (every FFN takes the arithmetic mean of those scales) | "none"
     budget: str = "raw"             # "neutral": mask divided by its mean, scales by their geometric mean over FFNs; the mean step stays LoRA's
     score: str = "phi_prime"        # "phi_prime": |phi'| | "rho_prime": |rho'| | "downstream": |phi' u| times the norm of W_down's column
     ema: float = 0.9                # decay of the importance per step, in [0, 1)
     stride: int = 17                # observe every 17th token, one place later at each step, so that all places get their turn
-    seed: int = 0                   # of the random and the shuffled mask
+    seed: int = 0                   # of the shuffled, the random and the redrawn mask
 
     def __post_init__(self):
         check_config(self)
@@ -219,7 +221,7 @@ class NALoRA:
         self._norms = {name: column_norms(ffn.down_proj) for name, ffn in self._ffns.items() if config.score == "downstream"}
         self._adapters = self._active()
         self._order = {name: row_draw(config, i, s["mask"]).argsort() for i, (name, s) in enumerate(self._state.items()) if config.mask == "shuffled"}
-        self._observes = config.mask not in ("random", "none") or config.scale != "none"
+        self._observes = config.mask not in BLIND_MASKS or config.scale != "none"
         if self._observes:
             parts = (self._gate, "up_proj") if self._norms else (self._gate,)
             observe = torch.compiler.disable(self._observe)                                 # not as a decorator: that costs a second at import
@@ -269,6 +271,9 @@ class NALoRA:
             self._reduce()
             if self._sums:
                 self._decide()
+            if self.config.mask == "redrawn":
+                for i, state in enumerate(self._state.values()):
+                    state["mask"] = importance_mask(row_draw(self.config, i, state["mask"], self._steps), self.config.keep)
             self._steps += 1
         self._version, self._samples, self._sums, self._seen = None, {}, {}, {}
         for (name, is_gate_B, p), before in zip(self._controlled, self._before):
@@ -287,7 +292,7 @@ class NALoRA:
             importance = torch.lerp(sums[:, :-4] / sums[:, -4:-3], old["importance"], c.ema)                        # (FFNs, F)
             k_hat, occupancy = regime(sums[:, -4:], importance.size(-1))                    # (FFNs,) each
             new = dict(old, importance=importance, k_hat=k_hat, occupancy=occupancy)
-            if c.mask not in ("random", "none"):
+            if c.mask not in BLIND_MASKS:
                 new["mask"] = importance_mask(-importance if c.mask == "inverted" else importance, c.keep)
             if c.mask == "shuffled":
                 new["mask"] = new["mask"].gather(-1, torch.stack([self._order[name] for name in names]))
@@ -433,10 +438,10 @@ def column_norms(linear):
     """(in,) norms of the columns of a linear layer's weight, the frozen one under LoRA."""
     return widen(getattr(linear, "base_layer", linear).weight.detach()).norm(dim=0)
 
-def row_draw(config, index, rows):
-    """A number in [0, 1) for each row (F,) of FFN number `index`, the same at every call: which rows the random mask keeps, and how the shuffled
+def row_draw(config, index, rows, step=0):
+    """A number in [0, 1) for each row (F,) of FFN number `index`, the same at every call: which rows the random masks keep, and how the shuffled
     one is dealt."""
-    return torch.rand(len(rows), generator=torch.Generator().manual_seed(config.seed + 1_000_003 * index)).to(rows.device)
+    return torch.rand(len(rows), generator=torch.Generator().manual_seed(config.seed + 1_000_003 * index + 1_000_000_007 * step)).to(rows.device)
 
 def initial_state(config, index, gate):
     """The state of FFN number `index` before anything is observed: every row moves fully. The random mask is made here, once."""
@@ -455,7 +460,7 @@ def controlled_parameters(config, name, ffn, gate):
                 yield name, False, A
 
 def check_config(c):
-    choices = {"mask": ("derivative", "inverted", "shuffled", "random", "none"), "scale": ("homogeneity", "uniform", "none"),
+    choices = {"mask": ("derivative", "inverted", "shuffled", *BLIND_MASKS), "scale": ("homogeneity", "uniform", "none"),
                "budget": ("raw", "neutral"), "score": ("phi_prime", "rho_prime", "downstream")}
     for field, allowed in choices.items():
         if getattr(c, field) not in allowed:

@@ -281,7 +281,8 @@ def test_rows_are_put_back_bit_for_bit_or_take_exactly_loras_step():
 
 
 @pytest.mark.parametrize("config", [NALoRAConfig(keep=1, scale="none"), NALoRAConfig(mask="none", scale="none"),
-                                    NALoRAConfig(keep=1, scale="none", budget="neutral"), NALoRAConfig(mask="random", keep=1, scale="none")])
+                                    NALoRAConfig(keep=1, scale="none", budget="neutral"), NALoRAConfig(mask="random", keep=1, scale="none"),
+                                    NALoRAConfig(mask="redrawn", keep=1, scale="none")])
 def test_switched_off_it_is_lora_bit_for_bit(config):
     plain, tool = start(weight_decay=0.1), start(config, weight_decay=0.1)
     for i in range(20):
@@ -292,7 +293,7 @@ def test_switched_off_it_is_lora_bit_for_bit(config):
 def test_what_is_off_hooks_nothing():
     count = lambda config: len(start(config)[2]._handles)
     assert count(NALoRAConfig(mask="none", scale="none")) == 0
-    assert count(NALoRAConfig(mask="random", scale="none")) == 2    # the optimizer's step, no gate
+    assert count(NALoRAConfig(mask="random", scale="none")) == count(NALoRAConfig(mask="redrawn", scale="none")) == 2  # the optimizer's step, no gate
     assert count(NALoRAConfig()) == 5                               # two gates, the step twice, one parameter's backward
 
 
@@ -371,6 +372,27 @@ def test_shuffled_control():
     assert all(torch.equal(order.sort().values, torch.arange(len(order))) for order in orders)
     same, other = (start(NALoRAConfig(mask="shuffled", seed=seed))[2]._order for seed in (3, 4))
     assert [order.tolist() for order in same.values()] == [order.tolist() for order in orders] != [order.tolist() for order in other.values()]
+
+
+@pytest.mark.parametrize("scale", ["none", "homogeneity"])
+def test_redrawn_control(scale):
+    """At each step as many rows, others every time, every row as often as the next in the long run; without a scale no gate is looked at."""
+    model, opt, tool = start(NALoRAConfig(mask="redrawn", keep=0.25, scale=scale, seed=3))
+    masks = []
+    for step in range(200):
+        before = snapshot(model)
+        take_step(model, opt, step % 4)
+        masks.append([s["mask"] for s in tool.statistics().values()])
+        for (name, B), mask in zip([(n, p) for n, p in snapshot(model).items() if n.endswith("gate_proj.lora_B")], masks[-1]):
+            assert torch.equal(B[~mask], before[name][~mask]) and (B[mask] != before[name][mask]).any(dim=1).all()
+    for ffn in zip(*masks):
+        shares = torch.stack(ffn).float().mean(0)                                           # (F,), mean 1/4, deviation 0.03
+        assert all(mask.sum() == 12 for mask in ffn) and len({tuple(mask.tolist()) for mask in ffn}) == 200 and 0.1 < shares.min() <= shares.max() < 0.4
+    assert not torch.equal(*masks[0])
+    for seed, same in ((3, True), (4, False)):
+        model, opt, tool = start(NALoRAConfig(mask="redrawn", keep=0.25, scale=scale, seed=seed))
+        take_step(model, opt, 0)
+        assert torch.equal(next(iter(tool.statistics().values()))["mask"], masks[0][0]) == same
 
 
 def test_score_rho_prime():
@@ -458,7 +480,8 @@ def test_evaluation_leaves_no_trace():
     assert equal(snapshot(model), snapshot(model_e))
 
 
-@pytest.mark.parametrize("config", [NALoRAConfig(), NALoRAConfig(mask="random", seed=5), NALoRAConfig(mask="shuffled", seed=5), NALoRAConfig(scale="uniform", mask="none")])
+@pytest.mark.parametrize("config", [NALoRAConfig(), NALoRAConfig(mask="random", seed=5), NALoRAConfig(mask="shuffled", seed=5),
+                                    NALoRAConfig(mask="redrawn", seed=5), NALoRAConfig(scale="uniform", mask="none")])
 def test_state_dict_round_trip(config):
     model, opt, tool = start(config)
     take_step(model, opt, 0)
@@ -549,7 +572,7 @@ def test_random_shapes(seed):
     targets = [*FFN[:rng.randrange(1, 4)], *rng.sample(["q_proj", "v_proj", "o_proj"], rng.randrange(3))]
     smallest = min(min(m.weight.shape) for name, m in model.named_modules() if name.split(".")[-1] in targets)
     inject_lora(model, targets, rng.randrange(1, smallest + 1), rng.choice([1, 7.5, 16]))
-    mask, scale = rng.choice(["derivative", "inverted", "shuffled", "random", "none"]), rng.choice(["homogeneity", "uniform", "none"])
+    mask, scale = rng.choice(["derivative", "inverted", "shuffled", "random", "redrawn", "none"]), rng.choice(["homogeneity", "uniform", "none"])
     settings = NALoRAConfig(mask=mask, keep=rng.uniform(0.01, 1), scale=scale, budget="raw" if scale == "uniform" else rng.choice(["raw", "neutral"]),
                             score=rng.choice(["phi_prime", "rho_prime", "downstream"]), ema=rng.choice([0, 0.9]), stride=rng.choice([1, 2, 17, 1000]), seed=seed)
     model, opt, tool = start(settings, model, rng.choice([torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad]))
@@ -1467,10 +1490,10 @@ def test_method_all_prints_one_table(base, tmp_path, capsys, monkeypatch):
 def test_presets_are_what_they_are_called():
     args = train_tiny.command_line().parse_args([])
     get = lambda method: train_tiny.resolve(args, method)["nalora"]
-    assert [(get(m)["mask"], get(m)["scale"], get(m)["budget"]) for m in list(train_tiny.METHODS)[3:13]] == [
+    assert [(get(m)["mask"], get(m)["scale"], get(m)["budget"]) for m in list(train_tiny.METHODS)[3:14]] == [
         ("derivative", "homogeneity", "raw"), ("derivative", "none", "raw"), ("none", "homogeneity", "raw"), ("random", "none", "raw"),
         ("inverted", "none", "raw"), ("none", "uniform", "raw"), ("random", "uniform", "raw"), ("derivative", "homogeneity", "neutral"),
-        ("shuffled", "homogeneity", "raw"), ("shuffled", "none", "raw")]
+        ("shuffled", "homogeneity", "raw"), ("shuffled", "none", "raw"), ("redrawn", "none", "raw")]
     assert get("nalora") == asdict(NALoRAConfig())
 
 

@@ -42,7 +42,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 import peers
-from nalora import (ACTIVATIONS, Llama, LlamaConfig, NALoRA, NALoRAConfig, activation, gate_sums, homogeneity, inject_lora, is_gated_ffn,
+from nalora import (ACTIVATIONS, BLIND_MASKS, Llama, LlamaConfig, NALoRA, NALoRAConfig, activation, gate_sums, homogeneity, inject_lora, is_gated_ffn,
                     lora_parameters, merge_lora, read_json, regime, selection_entropy, selection_weight, value_and_slope, write_json, write_whole)
 from peers import load_adapter, save_adapter                        # of any method: plain LoRA they leave to nalora
 
@@ -50,12 +50,13 @@ ROOT = Path(os.path.relpath(Path(__file__).resolve().parent))
 DATA = ROOT / "data"
 RANK, LOCAL_RANK, RANKS = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))      # of torchrun
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# What each method sets in NALoRAConfig; None: no NALoRA. The controls are matched: the shuffled, random and inverted masks to nalora-mask,
+# What each method sets in NALoRAConfig; None: no NALoRA. The controls are matched: the shuffled, random, redrawn and inverted masks to nalora-mask,
 # the uniform scale to nalora-scale, nalora-shuffled and random-uniform to nalora.
 METHODS = {"pretrain": None, "full": None, "lora": None, "nalora": {}, "nalora-mask": {"scale": "none"}, "nalora-scale": {"mask": "none"},
            "random-mask": {"mask": "random", "scale": "none"}, "inverted-mask": {"mask": "inverted", "scale": "none"},
            "uniform-scale": {"mask": "none", "scale": "uniform"}, "random-uniform": {"mask": "random", "scale": "uniform"},
            "nalora-neutral": {"budget": "neutral"}, "nalora-shuffled": {"mask": "shuffled"}, "shuffled-mask": {"mask": "shuffled", "scale": "none"},
+           "redrawn-mask": {"mask": "redrawn", "scale": "none"},
            **dict.fromkeys(peers.PEERS), **{f"nalora-{peer}": {} for peer in ("rslora", "lora+", "dora", "pissa")}}
 LEARNING_RATE, SGD_LEARNING_RATE = {"pretrain": 3e-3, "full": 2e-3}, 0.3      # every LoRA method with AdamW: 5e-3
 TINY = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
@@ -624,7 +625,7 @@ def step_time_ratio(config, other, pairs):
 
 COMPARED = ["full", "lora", "nalora", "nalora-neutral", "nalora-mask", "nalora-scale", "nalora-shuffled", "shuffled-mask", "random-mask", "inverted-mask", "uniform-scale"]
 CONTROLS = {"nalora": ["nalora-shuffled", "random-mask", "random-uniform"], "nalora-neutral": ["nalora"],
-            "nalora-mask": ["shuffled-mask", "random-mask", "inverted-mask"],
+            "nalora-mask": ["shuffled-mask", "random-mask", "redrawn-mask", "inverted-mask"],
             "nalora-scale": ["uniform-scale"], **{peer: ["nalora"] for peer in peers.PEERS}, **{f"nalora-{peer}": [peer] for peer in peers.PEERS}}
 TUNING_GRID = {"adamw": [1e-3, 2.5e-3, 6e-3, 1.5e-2], "sgd": [0.1, 0.3, 1.0, 3.0]}      # one grid for every variant
 SWEEPS = {"rank": [f"rank={r},alpha={2 * r}" for r in (1, 2, 4, 8, 16)], "train-size": ["train-size=100", "train-size=300", ""],
@@ -1134,7 +1135,7 @@ def report(results, readme):
         draw_comparison(comparison, results / name, anew=True)
     whole = {c["base"]["path"]: c for c in comparisons.values() if {"full", "nalora"} <= set(c["variants"]) and not c["sweep"]}      # the last of each base
     draw_homogeneity(dict(sorted(whole.items(), key=lambda item: len(item[1]["base"]["layers"]["k_hat"]))), results / "homogeneity.png")      # small ones first
-    draw_keep([c for c in comparisons.values() if c["sweep"] == "keep"], results / "keep.png")
+    draw_sweeps([c for c in comparisons.values() if c["sweep"] == "keep"], results / "keep.png")
     write_whole(readme, lambda path: path.write_text(with_tables(readme.read_text(encoding="utf-8"), results), encoding="utf-8"))
     print(f"{readme} and the figures in {results} are made anew from {', '.join(comparisons)}.")
 
@@ -1228,7 +1229,7 @@ def draw_activations(path):
 def draw_comparison(comparison, folder, anew=False):
     """The figures that comparison.json alone determines; anew: only those that the folder has already."""
     rows = comparison["rows"]
-    figures = {"sweep.png": (draw_sweep, comparison["sweep"]),
+    figures = {"sweep.png": (lambda c, path: draw_sweeps([c], path), comparison["sweep"]),
                "differences.png": (draw_differences, not comparison["sweep"] and len(comparison["seeds"]) > 1 and "lora" in comparison["variants"]),
                "alignment.png": (draw_alignment, not comparison["sweep"] and any(row.get("weight_cosine") is not None for row in rows)),
                "training.png": (draw_training, not comparison["sweep"] and any(len(row.get("history", [])) > 1 for row in rows)),
@@ -1242,6 +1243,7 @@ def draw_comparison(comparison, folder, anew=False):
 # the grey triangle are controls
 STYLES = {"lora": ("#000000", "o"), "nalora": ("#0072B2", "s"), "nalora-neutral": ("#56B4E9", "s"), "random-uniform": ("#E69F00", "s"),
           "nalora-shuffled": ("#CC79A7", "s"), "shuffled-mask": ("#CC79A7", "^"), "shuffled-mask:score=rho_prime": ("#999999", "v"),
+          "redrawn-mask": ("#000000", "^"),
           "nalora-mask:score=rho_prime": ("#009E73", "^"), "nalora-mask:score=downstream": ("#56B4E9", "^"),
           "nalora-mask": ("#0072B2", "^"), "random-mask": ("#E69F00", "^"), "inverted-mask": ("#D55E00", "v"), "nalora-scale": ("#009E73", "D"),
           "uniform-scale": ("#CC79A7", "D"), "full": ("#999999", "P"), "full, another seed": ("#999999", "X")}
@@ -1357,16 +1359,9 @@ def draw_differences(comparison, path):
     save_figure(figure, path)
 
 
-def draw_sweep(comparison, path):
-    """Validation loss against the value of the sweep, a curve per method with a band of one standard deviation over seeds."""
-    figure, (ax,) = new_figure(1, width=6.5, height=3.6)
-    draw_curves(ax, comparison, styles(dict.fromkeys(v["spec"] for v in comparison["variants"].values())))
-    ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    save_figure(figure, path)
-
-
-def draw_keep(comparisons, path):
-    """The sweeps over keep side by side: their losses, and M where a full fine-tuning tells it."""
+def draw_sweeps(comparisons, path):
+    """Sweeps side by side: validation loss against the value of each, a curve per method with a band of one standard deviation over seeds, and M
+    where a full fine-tuning tells it."""
     panels = [(c, column) for column in ("val_loss", "misalignment") for c in comparisons if any(row.get(column) for row in c["rows"])]
     if panels:
         rows = 1 + (len(panels) > 3)
@@ -1689,7 +1684,7 @@ def command_line():
     group = parser.add_argument_group("NA-LoRA methods (default: what the method says; see NALoRAConfig)")
     for field in fields(NALoRAConfig):
         if field.name != "seed":
-            choices = {"mask": ["derivative", "inverted", "shuffled", "random", "none"], "scale": ["homogeneity", "uniform", "none"],
+            choices = {"mask": ["derivative", "inverted", "shuffled", *BLIND_MASKS], "scale": ["homogeneity", "uniform", "none"],
                        "budget": ["raw", "neutral"], "score": ["phi_prime", "rho_prime", "downstream"]}.get(field.name)
             group.add_argument(f"--{field.name}", type=type(field.default), choices=choices, help=f"default: {field.default}")
     return parser
@@ -1732,7 +1727,7 @@ def resolve(args, method):
     if preset is not None:
         chosen = {f: getattr(args, f) for f in own if getattr(args, f) is not None}
         c = NALoRAConfig(**{**preset, "seed": args.seed, **chosen})
-        ordered = c.mask not in ("random", "none")
+        ordered = c.mask not in BLIND_MASKS
         idle = {**dict.fromkeys(preset, True), "keep": c.mask == "none", "score": not ordered, "ema": not ordered, "stride": not ordered and c.scale == "none"}
         for name in chosen:
             if idle.get(name) and not several:
