@@ -183,7 +183,7 @@ BLIND_MASKS = ("random", "redrawn", "none")             # those that do not look
 class NALoRAConfig:
     """The method, its ablations and its controls. ValueError on anything that does not stand here."""
     mask: str = "derivative"        # "derivative" | "inverted" (the least important) | "shuffled" (the derivative mask, dealt to other rows)
-                                    # | "random" (fixed rows) | "redrawn" (random rows, others at each step) | "none"
+                                    # | "random" (fixed rows) | "redrawn" (random rows, drawn anew at each step) | "none"
     keep: float = 0.5               # share of the gate channels whose row of B_gate moves, in (0, 1]
     scale: str = "homogeneity"      # "homogeneity" | "uniform" (every FFN takes the arithmetic mean of those scales) | "none"
     budget: str = "raw"             # "neutral": mask divided by its mean, scales by their geometric mean over FFNs; the mean step stays LoRA's
@@ -202,8 +202,8 @@ class NALoRA:
     told by its parts: gate_proj, up_proj, down_proj and an activation. In FFNs without a gate, fc2(act(fc1(x))), `gate` names the linear
     layer in front of the activation ("fc1", "mlp.c_fc"), which gates itself. Make it when the model has its final device and dtype, and
     before its first compiled call. To keep padding out of the statistics, set `token_mask` (batch, seq), nonzero for real tokens, before
-    each forward pass. Under torch.distributed the ranks add up their statistics and decide alike. ValueError if no gate carries LoRA, or
-    if the optimizer lacks its parameters, is steered already, or holds shards of them.
+    each forward pass. Under torch.distributed the ranks, all with one config, add up their statistics and decide alike. ValueError if no
+    gate carries LoRA, or if the optimizer lacks its parameters, is steered already, or holds shards of them.
     """
 
     def __init__(self, model, optimizer, config=None, gate="gate_proj"):
@@ -439,9 +439,10 @@ def column_norms(linear):
     return widen(getattr(linear, "base_layer", linear).weight.detach()).norm(dim=0)
 
 def row_draw(config, index, rows, step=0):
-    """A number in [0, 1) for each row (F,) of FFN number `index`, the same at every call: which rows the random masks keep, and how the shuffled
-    one is dealt."""
-    return torch.rand(len(rows), generator=torch.Generator().manual_seed(config.seed + 1_000_003 * index + 1_000_000_007 * step)).to(rows.device)
+    """A number in [0, 1) for each row (F,) of FFN number `index`, of seed, index and step alone: which rows the random masks keep, and how the
+    shuffled one is dealt."""
+    generator = torch.Generator().manual_seed(config.seed + 1_000_003 * index + 1_000_000_007 * step)
+    return torch.rand(len(rows), generator=generator, dtype=torch.float32, device="cpu").to(rows.device)    # whatever the defaults are
 
 def initial_state(config, index, gate):
     """The state of FFN number `index` before anything is observed: every row moves fully. The random mask is made here, once."""
@@ -472,8 +473,8 @@ def check_config(c):
         raise ValueError(f"ema is {c.ema!r}: give a number in [0, 1).")
     if not (type(c.stride) is int and 1 <= c.stride < 2**31):
         raise ValueError(f"stride is {c.stride!r}: give a whole number of at least 1 (1 observes every token).")
-    if type(c.seed) is not int:
-        raise ValueError(f"seed is {c.seed!r}: give a whole number.")
+    if type(c.seed) is not int or abs(c.seed) >= 2**62:
+        raise ValueError(f"seed is {c.seed!r}: give a whole number below 2**62.")
     if c.scale == "uniform" and c.budget == "neutral":
         raise ValueError("scale='uniform' with budget='neutral' divides out to exactly 1: say scale='none'.")
 

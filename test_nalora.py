@@ -395,6 +395,16 @@ def test_redrawn_control(scale):
         assert torch.equal(next(iter(tool.statistics().values()))["mask"], masks[0][0]) == same
 
 
+def test_row_draws_do_not_depend_on_the_default_dtype():
+    draw = lambda: nalora.row_draw(NALoRAConfig(seed=3), 1, torch.zeros(48), step=5)
+    expected = draw()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        assert torch.equal(draw(), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_score_rho_prime():
     z = torch.cat([torch.linspace(-4, 4, 801, dtype=torch.float64), torch.tensor([1e-9, -1e-9])])[:, None]
     scores = nalora.gate_sums(F.silu, z.repeat(1, 2), score="rho_prime")[0] / len(z)
@@ -800,7 +810,7 @@ def test_sharded_parameters_are_refused():
 
 
 @pytest.mark.parametrize("setting, message", [({"keep": 0}, "keep is 0"), ({"keep": 1.5}, "keep is 1.5"), ({"keep": "0.5"}, "keep is '0.5'"), ({"keep": math.nan}, "keep is nan"),
-                                              ({"ema": 1.0}, "ema is 1.0"), ({"ema": "x"}, "ema is 'x'"), ({"seed": 0.5}, "seed is 0.5"), ({"stride": True}, "stride is True"), ({"mask": "top"}, "mask is 'top'"), ({"scale": None}, "scale is None"),
+                                              ({"ema": 1.0}, "ema is 1.0"), ({"ema": "x"}, "ema is 'x'"), ({"seed": 0.5}, "seed is 0.5"), ({"seed": 2**62}, "below 2"), ({"stride": True}, "stride is True"), ({"mask": "top"}, "mask is 'top'"), ({"scale": None}, "scale is None"),
                                               ({"budget": "free"}, "budget"), ({"score": "phi"}, "score"), ({"stride": 0}, "stride is 0"),
                                               ({"scale": "uniform", "budget": "neutral"}, "exactly 1")])
 def test_config_refuses(setting, message):

@@ -626,7 +626,7 @@ def step_time_ratio(config, other, pairs):
 COMPARED = ["full", "lora", "nalora", "nalora-neutral", "nalora-mask", "nalora-scale", "nalora-shuffled", "shuffled-mask", "random-mask", "inverted-mask", "uniform-scale"]
 CONTROLS = {"nalora": ["nalora-shuffled", "random-mask", "random-uniform"], "nalora-neutral": ["nalora"],
             "nalora-mask": ["shuffled-mask", "random-mask", "redrawn-mask", "inverted-mask"],
-            "nalora-scale": ["uniform-scale"], **{peer: ["nalora"] for peer in peers.PEERS}, **{f"nalora-{peer}": [peer] for peer in peers.PEERS}}
+            "nalora-scale": ["uniform-scale"], "redrawn-mask": ["shuffled-mask", "random-mask"], **{peer: ["nalora"] for peer in peers.PEERS}, **{f"nalora-{peer}": [peer] for peer in peers.PEERS}}
 TUNING_GRID = {"adamw": [1e-3, 2.5e-3, 6e-3, 1.5e-2], "sgd": [0.1, 0.3, 1.0, 3.0]}      # one grid for every variant
 SWEEPS = {"rank": [f"rank={r},alpha={2 * r}" for r in (1, 2, 4, 8, 16)], "train-size": ["train-size=100", "train-size=300", ""],
           "targets": ["", "targets=gate_proj+up_proj+down_proj", "targets=gate_proj"], "keep": [f"keep={k}" for k in (0.05, 0.1, 0.25, 0.5)],
@@ -1740,7 +1740,7 @@ def resolve(args, method):
         if name in config and not 0 <= config[name] < 1:
             raise ValueError(f"--{name} is {config[name]}: give a number in [0, 1).")
     for name in ("seed", "weight_decay", "test_size"):
-        if config[name] is not None and not 0 <= config[name] < 2**63:
+        if config[name] is not None and not 0 <= config[name] < 2**62:
             raise ValueError(f"--{name.replace('_', '-')} is {config[name]}: it cannot be negative or that large.")
     return config
 
