@@ -1724,6 +1724,9 @@ def resolve(args, method):
         config |= {"rank": given(args.rank, 8), "alpha": given(args.alpha, 16.0), "targets": args.targets or ALL_LINEAR}
     if method.removeprefix("nalora-") in peers.PEERS:
         config |= {"peer": method.removeprefix("nalora-")}
+    for name in ("seed", "weight_decay", "test_size"):
+        if config[name] is not None and not 0 <= config[name] < 2**62:
+            raise ValueError(f"--{name.replace('_', '-')} is {config[name]}: it cannot be negative or that large.")
     if preset is not None:
         chosen = {f: getattr(args, f) for f in own if getattr(args, f) is not None}
         c = NALoRAConfig(**{**preset, "seed": args.seed, **chosen})
@@ -1739,9 +1742,6 @@ def resolve(args, method):
     for name in ("warmup", "beta1", "beta2", "momentum"):
         if name in config and not 0 <= config[name] < 1:
             raise ValueError(f"--{name} is {config[name]}: give a number in [0, 1).")
-    for name in ("seed", "weight_decay", "test_size"):
-        if config[name] is not None and not 0 <= config[name] < 2**62:
-            raise ValueError(f"--{name.replace('_', '-')} is {config[name]}: it cannot be negative or that large.")
     return config
 
 
