@@ -178,6 +178,8 @@ def check_size(rank, alpha, linear, name):
 # ---- 3. NA-LoRA: what is observed, what is decided, what is done to the step -------------------------------------------------------
 
 BLIND_MASKS = ("random", "redrawn", "none")             # those that do not look at the gates
+CHOICES = {"mask": ("derivative", "inverted", "shuffled", *BLIND_MASKS), "scale": ("homogeneity", "uniform", "none"),
+           "budget": ("raw", "neutral"), "score": ("phi_prime", "rho_prime", "downstream")}
 
 @dataclass(frozen=True)
 class NALoRAConfig:
@@ -461,9 +463,7 @@ def controlled_parameters(config, name, ffn, gate):
                 yield name, False, A
 
 def check_config(c):
-    choices = {"mask": ("derivative", "inverted", "shuffled", *BLIND_MASKS), "scale": ("homogeneity", "uniform", "none"),
-               "budget": ("raw", "neutral"), "score": ("phi_prime", "rho_prime", "downstream")}
-    for field, allowed in choices.items():
+    for field, allowed in CHOICES.items():
         if getattr(c, field) not in allowed:
             raise ValueError(f"{field} is {getattr(c, field)!r}: choose one of {', '.join(allowed)}.")
     if not isinstance(c.keep, (int, float)):

@@ -42,7 +42,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 import peers
-from nalora import (ACTIVATIONS, BLIND_MASKS, Llama, LlamaConfig, NALoRA, NALoRAConfig, activation, gate_sums, homogeneity, inject_lora, is_gated_ffn,
+from nalora import (ACTIVATIONS, BLIND_MASKS, CHOICES, Llama, LlamaConfig, NALoRA, NALoRAConfig, activation, gate_sums, homogeneity, inject_lora, is_gated_ffn,
                     lora_parameters, merge_lora, read_json, regime, selection_entropy, selection_weight, value_and_slope, write_json, write_whole)
 from peers import load_adapter, save_adapter                        # of any method: plain LoRA they leave to nalora
 
@@ -625,8 +625,8 @@ def step_time_ratio(config, other, pairs):
 
 COMPARED = ["full", "lora", "nalora", "nalora-neutral", "nalora-mask", "nalora-scale", "nalora-shuffled", "shuffled-mask", "random-mask", "inverted-mask", "uniform-scale"]
 CONTROLS = {"nalora": ["nalora-shuffled", "random-mask", "random-uniform"], "nalora-neutral": ["nalora"],
-            "nalora-mask": ["shuffled-mask", "random-mask", "redrawn-mask", "inverted-mask"],
-            "nalora-scale": ["uniform-scale"], "redrawn-mask": ["shuffled-mask", "random-mask"], **{peer: ["nalora"] for peer in peers.PEERS}, **{f"nalora-{peer}": [peer] for peer in peers.PEERS}}
+            "nalora-mask": ["shuffled-mask", "random-mask", "redrawn-mask", "inverted-mask"], "redrawn-mask": ["shuffled-mask", "random-mask"],
+            "nalora-scale": ["uniform-scale"], **{peer: ["nalora"] for peer in peers.PEERS}, **{f"nalora-{peer}": [peer] for peer in peers.PEERS}}
 TUNING_GRID = {"adamw": [1e-3, 2.5e-3, 6e-3, 1.5e-2], "sgd": [0.1, 0.3, 1.0, 3.0]}      # one grid for every variant
 SWEEPS = {"rank": [f"rank={r},alpha={2 * r}" for r in (1, 2, 4, 8, 16)], "train-size": ["train-size=100", "train-size=300", ""],
           "targets": ["", "targets=gate_proj+up_proj+down_proj", "targets=gate_proj"], "keep": [f"keep={k}" for k in (0.05, 0.1, 0.25, 0.5)],
@@ -1240,7 +1240,7 @@ def draw_comparison(comparison, folder, anew=False):
 
 
 # colour and marker of a method wherever several are drawn: squares do both, triangles mask, diamonds scale; oranges, pinks and
-# the grey triangle are controls
+# the grey and black triangles are controls
 STYLES = {"lora": ("#000000", "o"), "nalora": ("#0072B2", "s"), "nalora-neutral": ("#56B4E9", "s"), "random-uniform": ("#E69F00", "s"),
           "nalora-shuffled": ("#CC79A7", "s"), "shuffled-mask": ("#CC79A7", "^"), "shuffled-mask:score=rho_prime": ("#999999", "v"),
           "redrawn-mask": ("#000000", "^"),
@@ -1684,9 +1684,7 @@ def command_line():
     group = parser.add_argument_group("NA-LoRA methods (default: what the method says; see NALoRAConfig)")
     for field in fields(NALoRAConfig):
         if field.name != "seed":
-            choices = {"mask": ["derivative", "inverted", "shuffled", *BLIND_MASKS], "scale": ["homogeneity", "uniform", "none"],
-                       "budget": ["raw", "neutral"], "score": ["phi_prime", "rho_prime", "downstream"]}.get(field.name)
-            group.add_argument(f"--{field.name}", type=type(field.default), choices=choices, help=f"default: {field.default}")
+            group.add_argument(f"--{field.name}", type=type(field.default), choices=CHOICES.get(field.name), help=f"default: {field.default}")
     return parser
 
 
@@ -1724,7 +1722,7 @@ def resolve(args, method):
         config |= {"rank": given(args.rank, 8), "alpha": given(args.alpha, 16.0), "targets": args.targets or ALL_LINEAR}
     if method.removeprefix("nalora-") in peers.PEERS:
         config |= {"peer": method.removeprefix("nalora-")}
-    for name in ("seed", "weight_decay", "test_size"):
+    for name in ("seed", "weight_decay", "test_size"):              # before NALoRAConfig, which cannot name the flag
         if config[name] is not None and not 0 <= config[name] < 2**62:
             raise ValueError(f"--{name.replace('_', '-')} is {config[name]}: it cannot be negative or that large.")
     if preset is not None:
