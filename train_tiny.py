@@ -637,6 +637,7 @@ COLUMNS = {"results": {"val_loss": ("validation loss", 4), "test_exact_match": (
            "selection": {"misalignment": ("misalignment M", 3), "shift_cosine": ("selection-shift cosine", 3), "weight_cosine": ("weight cosine", 3),
                          "entropy": ("selection entropy", 4), "rows_moved": ("gate rows moved", 2)}}
 DIFFERENCES = {**COLUMNS["results"], "misalignment": COLUMNS["selection"]["misalignment"]}      # what is compared seed by seed
+HIGHER_IS_BETTER = ("test_exact_match", "arithmetic_accuracy")
 ALL_VALUES = {"train-size": "all", "targets": "all linear"}         # what a sweep's empty value means
 MAY_DIFFER = ["steps", "batch-size", "lr", "warmup", "weight-decay", "optimizer", "beta1", "beta2", "momentum", "grad-clip", "train-size", "rank", "alpha",
               "targets", *(f.name for f in fields(NALoRAConfig) if f.name != "seed")]
@@ -705,8 +706,9 @@ def run_job(out, config, keep):
     return read_summary(out)
 
 
-def run_jobs(jobs, workers):
-    """{name: summary} of {name: (folder, configuration, whether its weights are kept)}; finished ones are read, not repeated."""
+def run_jobs(jobs, workers, later=0):
+    """{name: summary} of {name: (folder, configuration, whether its weights are kept)}; finished ones are read, not repeated. The time left is told
+    with that of `later` more runs."""
     done = {}
     for name, (out, config, _) in jobs.items():
         if (out / "summary.json").exists():
@@ -717,7 +719,7 @@ def run_jobs(jobs, workers):
     print(f"{len(jobs)} runs, {len(done)} of them finished already", flush=True)
     for name, summary in job_results(todo, workers):
         done[name] = summary
-        left = (time.perf_counter() - began) / (len(done) - at_start) * (len(jobs) - len(done)) / 60
+        left = (time.perf_counter() - began) / (len(done) - at_start) * (len(jobs) - len(done) + later) / 60
         loss = "diverged" if summary["val_loss"] is None else f"val_loss {summary['val_loss']:.4f}"
         exact = "" if summary.get("test_exact_match") is None else f"  exact match {summary['test_exact_match']:.3f}"
         print(f"[{len(done)}/{len(jobs)}] {name}: {loss}{exact}   about {left:.0f} min left", flush=True)
@@ -761,7 +763,8 @@ def tune(args, variants):
     name = "{} lr={:g} seed={}".format
     at_its_end = {"test_size": 0, "eval_every": 10**9}              # is how a tuning run is judged
     summaries = run_jobs({name(label, lr, seed): (*job(args, label, lr, seed, **at_its_end), False)
-                          for label, rates in grids.items() if len(rates) > 1 for lr in rates for seed in args.tuning_seeds}, args.jobs)
+                          for label, rates in grids.items() if len(rates) > 1 for lr in rates for seed in args.tuning_seeds}, args.jobs,
+                         later=len(variants) * len(args.seeds))
     losses = {label: dict.fromkeys(rates) for label, rates in grids.items()}
     for label, rates in grids.items():
         for lr in rates if len(rates) > 1 else ():
@@ -837,7 +840,7 @@ def answer_gates(model, batches, limit=4000):
 
 
 def cosine(a, b):
-    return torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).item()
+    return torch.nn.functional.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0).item()
 
 
 def observe(model, batches):
@@ -905,6 +908,7 @@ def measure(args, variants, jobs, summaries):
     configs = [jobs[f"{label} seed={args.seeds[0]}"][1] for label in variants]
     lora = next((config for config in configs if "rank" in config), {"rank": 8, "targets": ALL_LINEAR})
     for seed in args.seeds:
+        print(f"measuring the models of seed {seed}", flush=True)
         references = {label: trained_model(jobs[f"{label} seed={seed}"][0]) for label in set(full_of.values()) - {None} if "diverged" not in summaries[f"{label} seed={seed}"]}
         seen = {label: observe(model, run.validation) for label, model in references.items()}
         for label in variants:
@@ -967,6 +971,7 @@ def step_times(args, variants, jobs, summaries):
     pairs = max(5, min(60, int(10_000 / (summaries[name("lora")]["step_ms"] or 1000))))
     for label in variants:
         if label not in known:
+            print(f"timing the steps of {label}", flush=True)
             known[label] = step_time_ratio(jobs[name("lora")][1], jobs[name(label)][1], pairs)
             write_json(path, known)
     return {label: known[label] for label in variants}
@@ -1005,21 +1010,26 @@ def by_seed(comparison, label, column):
 
 
 def paired_difference(ours, theirs):
-    """(mean, low, high) of ours - theirs, {seed: value} each, over their common seeds. ValueError if there are fewer than two."""
+    """(mean, low, high, in how many seeds its sign is the mean's) of ours - theirs, {seed: value} each, over their common seeds. ValueError if there
+    are fewer than two."""
     seeds = sorted(set(ours) & set(theirs))
     if len(seeds) < 2:
         raise ValueError(f"A paired difference needs two seeds in common; here there are {len(seeds)}.")
     differences = [ours[seed] - theirs[seed] for seed in seeds]
-    return (statistics.mean(differences), *bootstrap_interval(differences))
+    mean = statistics.mean(differences)
+    return (mean, *bootstrap_interval(differences), sum(d * mean > 0 for d in differences))
 
 
 def references(comparison, label):
     """Labels that a variant is compared with, at its value of the sweep: every LoRA, its own method without flags, and of each control the
-    one whose flags differ least."""
+    one whose flags differ least, of the same score if it looks at the gates."""
     variants, own = comparison["variants"], comparison["variants"][label]
     of = lambda method: [other for other, v in variants.items() if v["method"] == method and other != label and v["value"] in (None, own["value"])]
     differing = lambda other: len(set(own["changes"].split(",")) ^ set(variants[other]["changes"].split(",")))
-    controls = [min(of(method), key=differing) for method in CONTROLS.get(own["method"], []) if of(method)]
+    score = lambda v: (re.findall(r"score=(\w+)", v["changes"]) or [NALoRAConfig.score])[0]
+    blind = lambda v: METHODS[v["method"]] is None or METHODS[v["method"]].get("mask") in BLIND_MASKS
+    fair = lambda method: [other for other in of(method) if blind(variants[other]) or score(variants[other]) == score(own)]
+    controls = [min(fair(method), key=differing) for method in CONTROLS.get(own["method"], []) if fair(method)]
     plain = [other for other in of(own["method"]) if variants[other]["changes"] == (own["value"] or "")]
     return list(dict.fromkeys(of("lora") * (own["method"] != "lora") + plain + controls))
 
@@ -1029,10 +1039,8 @@ def describe(ours, theirs, digits):
     "-" where fewer than two seeds have both."""
     if len(set(ours) & set(theirs)) < 2:
         return "-"
-    mean, low, high = paired_difference(ours, theirs)
-    seeds = set(ours) & set(theirs)
-    agree = sum((ours[seed] - theirs[seed]) * mean > 0 for seed in seeds)
-    verdict = "no difference seen" if low <= 0 <= high else f"{'lower' if mean < 0 else 'higher'} in {agree} of {len(seeds)}"
+    mean, low, high, agree = paired_difference(ours, theirs)
+    verdict = "no difference seen" if low <= 0 <= high else f"{'lower' if mean < 0 else 'higher'} in {agree} of {len(set(ours) & set(theirs))}"
     return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}] {verdict}"
 
 
@@ -1052,8 +1060,7 @@ def tables(comparison):
     """{"about", "results", "selection", "differences", "costs": Markdown} of a comparison, from comparison.json alone."""
     variants, rows, m, c = (comparison[k] for k in ("variants", "rows", "machine", "configuration"))
     adapters = f"LoRA of rank {c['rank']} and alpha {c['alpha']:g} on {'all linear layers' if c['targets'] == ALL_LINEAR else ', '.join(c['targets'])}, " if "rank" in c else ""
-    examples = f"{c['train_size']} examples of " if c["train_size"] else ""
-    text = {"about": f"Base {c['base']}, data {examples}{c['data']}, {adapters}{c['steps']} steps of {c['batch_size']}, {c['optimizer']}, {c['dtype']}; "
+    text = {"about": f"Base {c['base']}, {c['train_size'] or 'all'} examples of {c['data']}, {adapters}{c['steps']} steps of {c['batch_size']}, {c['optimizer']}, {c['dtype']}; "
                      f"seeds {', '.join(map(str, comparison['seeds']))}; {tuning_text(comparison)}. {m['cores']} cores of {m['processor']}, Python {m['python']}, "
                      f"PyTorch {m['torch']}."}
     for name, columns in COLUMNS.items():
@@ -1081,6 +1088,29 @@ def tables(comparison):
     return text
 
 
+def sweep_table(comparisons, column):
+    """Markdown of mean paired differences: a row per pair of methods, a column per value of each sweep. Bold: every seed has that sign; in brackets: no
+    difference seen."""
+    values, pairs = {}, {}
+    for c in comparisons:
+        for label, own in c["variants"].items():
+            for other in references(c, label):
+                value, runs = own["value"] or c["variants"][other]["value"], [by_seed(c, name, column) for name in (label, other)]
+                if value and len(set(runs[0]) & set(runs[1])) > 1:
+                    mean, low, high, agree = paired_difference(*runs)
+                    heading, text = f"{title(c)} {value.partition('=')[2]}", f"{mean:+.{DIFFERENCES[column][1]}f}"
+                    text = f"({text})" if low <= 0 <= high else f"**{text}**" if agree == len(set(runs[0]) & set(runs[1])) else text
+                    pairs.setdefault(f"{own['spec']} - {c['variants'][other]['spec']}", {})[heading] = values[heading] = text
+    return markdown_table(["", *values], [[pair, *(cells.get(heading, "") for heading in values)] for pair, cells in pairs.items()])
+
+
+def title(comparison):
+    """What a column or a panel of several comparisons is headed by, such as "toy, AdamW"."""
+    path = Path(comparison["base"]["path"])
+    name = "toy" if path.parts[-2:] == ("data", "base") else path.name
+    return f"{name}, {'SGD' if comparison['configuration']['optimizer'] == 'sgd' else 'AdamW'}"
+
+
 def diverged_text(rows, label):
     own = [row for row in rows if row["variant"] == label]
     diverged = sum("diverged" in row for row in own)
@@ -1103,23 +1133,28 @@ def tuning_text(comparison):
     rates = sorted({lr for v in comparison["variants"].values() if len(v["tuning"]) > 1 for lr, _ in v["tuning"]})
     if not rates:
         return "learning rates given, not tuned"
-    return f"learning rate of lowest validation loss among {', '.join(f'{lr:g}' for lr in rates)} with seed {', '.join(map(str, comparison['tuning_seeds']))}"
+    return f"learning rate of lowest validation loss among {', '.join(f'{lr:g}' for lr in rates)} with seed{'s' * (len(comparison['tuning_seeds']) > 1)} {', '.join(map(str, comparison['tuning_seeds']))}"
 
 
 def markdown(comparison):
-    captions = {"differences": "Paired differences, mean over seeds [95 % bootstrap interval]:\n\n"}
+    captions = {"differences": "Paired differences, mean over seeds [95 % bootstrap interval]:\n\n",
+                "costs": "Step time: median of few pairs of steps. Peak memory: of the whole run with its evaluation. For either alone there is --bench.\n\n"}
     return "\n\n".join(captions.get(name, "") + table for name, table in tables(comparison).items()) + "\n"
 
 
 def with_tables(text, results):
-    """The text with everything between <!-- TABLE of NAME --> and <!-- end --> made anew from results/NAME/comparison.json or bench.json."""
+    """The text with everything between <!-- TABLE of NAME --> and <!-- end --> made anew from results/NAME/comparison.json or bench.json;
+    <!-- COLUMN of NAME NAME ... --> makes a `sweep_table`."""
     def block(found):
-        measured = results / found[3] / "bench.json"
-        made = bench_tables(read_json(measured)) if measured.exists() else tables(read_json(measured.with_name("comparison.json")))
+        measured = results / found[3].split()[0] / "bench.json"
+        if found[2] in DIFFERENCES:
+            made = {found[2]: sweep_table([read_json(results / name / "comparison.json") for name in found[3].split()], found[2])}
+        else:
+            made = bench_tables(read_json(measured)) if measured.exists() else tables(read_json(measured.with_name("comparison.json")))
         if found[2] not in made:
             raise ValueError(f"{found[1]}: there is no such table; choose among {', '.join(made)}.")
         return f"{found[1]}\n{made[found[2]]}\n<!-- end -->"
-    return re.sub(r"(<!-- (\w+) of ([\w-]+) -->)\n.*?<!-- end -->", block, text, flags=re.S)
+    return re.sub(r"(<!-- (\w+) of ([\w -]+) -->)\n.*?<!-- end -->", block, text, flags=re.S)
 
 
 def report(results, readme):
@@ -1220,8 +1255,8 @@ def draw_activations(path):
         ax.axvline(0, color="0.8", lw=0.8, zorder=0)
     axes[3].axhline(1, color="0.8", lw=0.8, zorder=0)
     axes[3].set_ylim(-2, 2)
-    axes[3].text(2.6, 0.1, "z > 0: kappa > 1,\nselection amplifies", fontsize=10, ha="center")
-    axes[3].text(-2.9, 1.4, "z < 0: kappa < 1,\nselection opposes", fontsize=10, ha="center")
+    axes[3].text(2.7, 0.1, "z > 0: kappa > 1,\nselection amplifies", fontsize=8.5, ha="center")
+    axes[3].text(-2.6, 1.4, "z < 0: kappa < 1,\nselection opposes", fontsize=8.5, ha="center")
     axes[0].legend(frameon=False)
     save_figure(figure, path)
 
@@ -1240,10 +1275,10 @@ def draw_comparison(comparison, folder, anew=False):
 
 
 # colour and marker of a method wherever several are drawn: squares do both, triangles mask, diamonds scale; oranges, pinks and
-# the grey and black triangles are controls
+# the wine and sand triangles are controls
 STYLES = {"lora": ("#000000", "o"), "nalora": ("#0072B2", "s"), "nalora-neutral": ("#56B4E9", "s"), "random-uniform": ("#E69F00", "s"),
-          "nalora-shuffled": ("#CC79A7", "s"), "shuffled-mask": ("#CC79A7", "^"), "shuffled-mask:score=rho_prime": ("#999999", "v"),
-          "redrawn-mask": ("#000000", "^"),
+          "nalora-shuffled": ("#CC79A7", "s"), "shuffled-mask": ("#CC79A7", "^"), "shuffled-mask:score=rho_prime": ("#DDCC77", "v"),
+          "redrawn-mask": ("#882255", "^"),
           "nalora-mask:score=rho_prime": ("#009E73", "^"), "nalora-mask:score=downstream": ("#56B4E9", "^"),
           "nalora-mask": ("#0072B2", "^"), "random-mask": ("#E69F00", "^"), "inverted-mask": ("#D55E00", "v"), "nalora-scale": ("#009E73", "D"),
           "uniform-scale": ("#CC79A7", "D"), "full": ("#999999", "P"), "full, another seed": ("#999999", "X")}
@@ -1271,7 +1306,7 @@ def draw_alignment(comparison, path):
     method = lambda label: comparison["variants"].get(label, {"method": label})["method"]
     labels = [label for label in dict.fromkeys(row["variant"] for row in comparison["rows"]) if method(label) != "full"]
     if len(labels) > 8:                                             # too many to tell apart
-        labels = [label for label in labels if method(label) in ("lora", "nalora", "random-mask", "inverted-mask") or label.startswith("full, ")]
+        labels = [label for label in labels if method(label) in ("lora", "nalora", "nalora-shuffled", "random-mask", "inverted-mask") or label.startswith("full, ")]
     figure, (left, right) = new_figure(2, width=11, height=4.6)
     for label, (colour, marker) in styles(labels).items():
         style = {"color": colour, "marker": marker, "linestyle": "", "label": label, "markersize": 9 if "full, " in label else 5}
@@ -1317,35 +1352,38 @@ def draw_homogeneity(comparisons, path):
     if not comparisons:
         return
     figure, axes = new_figure(len(comparisons), width=5.5 * len(comparisons), height=3.4)
-    for ax, (title, comparison) in zip(axes, comparisons.items()):
+    for ax, comparison in zip(axes, comparisons.values()):
         k_hat = comparison["base"]["layers"]["k_hat"]
         ax.plot(range(len(k_hat)), k_hat, color="0.4", marker="P", label="base")
         for label in ("full", "lora", "nalora"):
             if any(row["variant"] == label for row in comparison["rows"]):
                 colour, marker = STYLES[label] if label != "full" else (COLOURS[1], "v")
-                ax.plot(range(len(k_hat)), layer_means(comparison, label, "k_hat"), color=colour, marker=marker, markersize=4, lw=1, label=label)
+                ax.plot(range(len(k_hat)), layer_means(comparison, label, "k_hat"), color=colour, marker=marker, markersize=7 if label == "lora" else 4,
+                        markerfacecolor="none", lw=1, label=label)    # drawn over each other where they agree
         ax.axhline(1, color="0.7", lw=0.8, zorder=0)
-        ax.set(xlabel="layer", ylabel="effective homogeneity k_hat", title=title)
+        ax.set(xlabel="layer", ylabel="effective homogeneity k_hat", title=title(comparison).partition(",")[0])
         ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend(frameon=False)
     save_figure(figure, path)
 
 
 def draw_differences(comparison, path):
-    """Paired difference of every variant to LoRA: one point per seed, the mean and its 95 % bootstrap interval."""
-    labels = [label for label, v in comparison["variants"].items() if v["method"] not in ("lora", "full")][::-1]
+    """Paired difference of every variant to LoRA: one point per seed, the mean and its 95 % bootstrap interval; blue is better, orange worse."""
+    labels = [label for label, v in comparison["variants"].items() if v["method"] != "lora"][::-1]
     columns = {k: v for k, v in DIFFERENCES.items() if by_seed(comparison, "lora", k)}
     figure, axes = new_figure(len(columns), width=12, height=0.4 * len(labels) + 1.6)
     for ax, (column, (title, digits)) in zip(axes, columns.items()):
         lora = by_seed(comparison, "lora", column)
         own = {label: by_seed(comparison, label, column) for label in labels}
+        if column == "misalignment":                                # full fine-tuning is its reference
+            own |= {label: {} for label in labels if comparison["variants"][label]["method"] == "full"}
         differences = {label: [own[label][seed] - lora[seed] for seed in lora if seed in own[label]] for label in labels}
         reach = 6 * np.median([abs(statistics.mean(d)) + np.std(d) for d in differences.values() if d])
         for y, (label, values) in enumerate(differences.items()):
             if len(values) < 2:
                 continue
-            mean, low, high = paired_difference(own[label], lora)
-            colour = "#999999" if low <= 0 <= high else "#0072B2" if mean < 0 else "#D55E00"
+            mean, low, high, _ = paired_difference(own[label], lora)
+            colour = "#999999" if low <= 0 <= high else "#0072B2" if (mean > 0) == (column in HIGHER_IS_BETTER) else "#D55E00"
             if abs(mean) > reach:                                   # off the scale that the rest need: its number instead
                 ax.text(0.98, y, f"{mean:+.{digits - 1}f}", color=colour, ha="right", va="center", transform=ax.get_yaxis_transform())
                 continue
@@ -1354,7 +1392,8 @@ def draw_differences(comparison, path):
         ax.axvline(0, color="0.6", lw=0.8, zorder=0)
         ax.set_yticks(range(len(labels)), labels if ax is axes[0] else [""] * len(labels))
         ax.set_title(title)
-        ax.set_xlabel(f"minus LoRA's ({statistics.mean(lora.values()):.{digits}f})")
+        ax.set_xlabel(f"minus LoRA's ({statistics.mean(lora.values()):.{digits}f}{' nats' if 'loss' in column else ''})", fontsize="small")
+        ax.set_ylim(-0.7, len(labels) - 0.5)
         ax.locator_params(axis="x", nbins=3)
     save_figure(figure, path)
 
@@ -1366,16 +1405,16 @@ def draw_sweeps(comparisons, path):
     if panels:
         rows = 1 + (len(panels) > 3)
         columns = math.ceil(len(panels) / rows)
-        figure, axes = new_figure(columns, width=2.2 + 3.4 * columns, height=3.4 * rows, rows=rows)
+        figure, axes = new_figure(columns, width=3.6 * columns + 1.5 * (columns == 1), height=3.2 * rows + 0.9, rows=rows)
         axes, handles = np.ravel(axes), {}
         look = styles(dict.fromkeys(v["spec"] for c in comparisons for v in c["variants"].values()))       # one for all panels
         for ax in axes[len(panels):]:
             ax.remove()
         for ax, (comparison, column) in zip(axes, panels):
             draw_curves(ax, comparison, look, column)
-            ax.set(title=f"{comparison['base']['path']}, {comparison['configuration']['optimizer']}")
+            ax.set(title=title(comparison))
             handles |= {label: handle for handle, label in zip(*ax.get_legend_handles_labels())}
-        figure.legend(handles.values(), handles, loc="outside right center", frameon=False)
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns + 1, frameon=False)
         save_figure(figure, path)
 
 
@@ -1397,7 +1436,7 @@ def draw_curves(ax, comparison, look, column="val_loss"):
             ax.errorbar([0.1 * i], means, yerr=deviations, fmt=marker, color=colour, label=method, markersize=4, capsize=3)
         else:
             ax.plot(range(len(values)), means, "-", marker=marker, color=colour, label=method, markersize=4)
-            ax.fill_between(range(len(values)), means - deviations, means + deviations, color=colour, alpha=0.2, lw=0)
+            ax.fill_between(range(len(values)), means - deviations, means + deviations, color=colour, alpha=0.15, lw=0)
     ax.set_xticks(range(len(values)), ticks)
     ax.set(xlabel=comparison["sweep"], ylabel="misalignment M" if column == "misalignment" else "validation loss (nats per token)")
     if len(values) == 1:
@@ -1411,20 +1450,23 @@ def draw_at_work(jobs, seed, path):
     traces = {method: trace({**c, "lr": config["nalora"]["lr"]}) for method, c in config.items()}   # one learning rate: paths are to be compared
     importance, names = traces["nalora"]["importance"], list(traces["nalora"]["importance"])
     names = [names[round(i)] for i in np.linspace(0, len(names) - 1, min(4, len(names)))]
+    highest, keep = max(np.quantile(importance[name], 0.995) for name in names), config["nalora"]["nalora"]["keep"]
     figure, axes = new_figure(len(names), width=12, height=5.8, rows=2)
     for (top, bottom), name in zip(zip(*axes), names):
         order = np.argsort(-importance[name][-1])
-        image = top.imshow(np.array(importance[name])[:, order].T, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest",
+        image = top.imshow(np.array(importance[name])[:, order].T, aspect="auto", cmap="viridis", vmin=0, vmax=highest, interpolation="nearest",
                            extent=(0, traces["nalora"]["steps"], len(order), 0))
+        top.axhline(keep * len(order), color="white", linestyle="--", lw=1)
+        bottom.axvline(keep * len(order), color="0.6", linestyle="--", lw=1)
         top.set(xlabel="step", title=name.removesuffix(".mlp").removeprefix("model."))
         for method, colour in (("lora", COLOURS[7]), ("nalora", COLOURS[0])):
             if method in traces:
                 bottom.plot(traces[method]["travel"][name][order], ".", color=colour, markersize=2.5, label=method)
         bottom.set(xlabel="gate channel, sorted", ylim=(0, None))
     axes[0][0].set_ylabel("gate channel, sorted")
-    axes[1][0].set_ylabel("path length of row")
+    axes[1][0].set_ylabel("path length of row\n(sum of norms of its steps)")
     axes[1][-1].legend(frameon=False, markerscale=4, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.colorbar(image, ax=axes[0], label="importance")
+    figure.colorbar(image, ax=axes[0], label="importance\n(moving average of mean |phi'|)", pad=0.01)
     save_figure(figure, path)
 
 
