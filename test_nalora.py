@@ -2201,7 +2201,7 @@ def test_the_tables_of_the_readme_are_those_of_the_results():
         assert path.read_text(encoding="utf-8") == train_tiny.markdown(json.loads(path.with_suffix(".json").read_text())), path
     everything = {path.parent.name: path.read_text(encoding="utf-8") for path in (HERE / "results").glob("*/comparison.md")}
     for section in re.split(r"\n##+ ", README):                     # an interval stands in a table of a comparison that its section names, if it names one
-        named = [text for name, text in everything.items() if f"results/{name}" in section] or everything.values()
+        named = [text for name, text in everything.items() if re.search(rf"results/{name}(?![\w-])", section)] or everything.values()
         for interval in re.findall(r"[+-]\d\.\d+ \[[^]]*\d\]", section):
             assert any(interval in text for text in named), f"{interval} is in no table of results/ that {section.splitlines()[0]!r} names"
 

@@ -1027,7 +1027,7 @@ def references(comparison, label):
     of = lambda method: [other for other, v in variants.items() if v["method"] == method and other != label and v["value"] in (None, own["value"])]
     differing = lambda other: len(set(own["changes"].split(",")) ^ set(variants[other]["changes"].split(",")))
     score = lambda v: (re.findall(r"score=(\w+)", v["changes"]) or [NALoRAConfig.score])[0]
-    blind = lambda v: METHODS[v["method"]] is None or METHODS[v["method"]].get("mask") in BLIND_MASKS
+    blind = lambda v: (METHODS[v["method"]] or {"mask": "none"}).get("mask") in BLIND_MASKS
     fair = lambda method: [other for other in of(method) if blind(variants[other]) or score(variants[other]) == score(own)]
     controls = [min(fair(method), key=differing) for method in CONTROLS.get(own["method"], []) if fair(method)]
     plain = [other for other in of(own["method"]) if variants[other]["changes"] == (own["value"] or "")]
@@ -1091,24 +1091,28 @@ def tables(comparison):
 def sweep_table(comparisons, column):
     """Markdown of mean paired differences: a row per pair of methods, a column per value of each sweep. Bold: every seed has that sign; in brackets: no
     difference seen."""
-    values, pairs = {}, {}
+    pairs = {}
     for c in comparisons:
         for label, own in c["variants"].items():
             for other in references(c, label):
-                value, runs = own["value"] or c["variants"][other]["value"], [by_seed(c, name, column) for name in (label, other)]
-                if value and len(set(runs[0]) & set(runs[1])) > 1:
-                    mean, low, high, agree = paired_difference(*runs)
-                    heading, text = f"{title(c)} {value.partition('=')[2]}", f"{mean:+.{DIFFERENCES[column][1]}f}"
-                    text = f"({text})" if low <= 0 <= high else f"**{text}**" if agree == len(set(runs[0]) & set(runs[1])) else text
-                    pairs.setdefault(f"{own['spec']} - {c['variants'][other]['spec']}", {})[heading] = values[heading] = text
-    return markdown_table(["", *values], [[pair, *(cells.get(heading, "") for heading in values)] for pair, cells in pairs.items()])
+                value, ours, theirs = own["value"] or c["variants"][other]["value"], by_seed(c, label, column), by_seed(c, other, column)
+                if value and len(seeds := set(ours) & set(theirs)) > 1:
+                    mean, low, high, agree = paired_difference(ours, theirs)
+                    text = f"{mean:+.{DIFFERENCES[column][1]}f}"
+                    text = f"({text})" if low <= 0 <= high else f"**{text}**" if agree == len(seeds) else text
+                    pairs.setdefault(f"{own['spec']} - {c['variants'][other]['spec']}", {})[f"{sweep_title(c)} {value.partition('=')[2]}"] = text
+    headings = list(dict.fromkeys(heading for cells in pairs.values() for heading in cells))
+    return markdown_table(["", *headings], [[pair, *(cells.get(heading, "") for heading in headings)] for pair, cells in pairs.items()])
 
 
-def title(comparison):
-    """What a column or a panel of several comparisons is headed by, such as "toy, AdamW"."""
+def base_name(comparison):
     path = Path(comparison["base"]["path"])
-    name = "toy" if path.parts[-2:] == ("data", "base") else path.name
-    return f"{name}, {'SGD' if comparison['configuration']['optimizer'] == 'sgd' else 'AdamW'}"
+    return "toy" if path.parts[-2:] == ("data", "base") else path.name
+
+
+def sweep_title(comparison):
+    """What a column or a panel of several sweeps is headed by, such as "toy, AdamW"."""
+    return f"{base_name(comparison)}, {'SGD' if comparison['configuration']['optimizer'] == 'sgd' else 'AdamW'}"
 
 
 def diverged_text(rows, label):
@@ -1169,7 +1173,7 @@ def report(results, readme):
         write_whole(results / name / "comparison.md", lambda path: path.write_text(markdown(comparison), encoding="utf-8"))
         draw_comparison(comparison, results / name, anew=True)
     whole = {c["base"]["path"]: c for c in comparisons.values() if {"full", "nalora"} <= set(c["variants"]) and not c["sweep"]}      # the last of each base
-    draw_homogeneity(dict(sorted(whole.items(), key=lambda item: len(item[1]["base"]["layers"]["k_hat"]))), results / "homogeneity.png")      # small ones first
+    draw_homogeneity(sorted(whole.values(), key=lambda c: len(c["base"]["layers"]["k_hat"])), results / "homogeneity.png")      # small ones first
     draw_sweeps([c for c in comparisons.values() if c["sweep"] == "keep"], results / "keep.png")
     write_whole(readme, lambda path: path.write_text(with_tables(readme.read_text(encoding="utf-8"), results), encoding="utf-8"))
     print(f"{readme} and the figures in {results} are made anew from {', '.join(comparisons)}.")
@@ -1268,7 +1272,7 @@ def draw_comparison(comparison, folder, anew=False):
                "differences.png": (draw_differences, not comparison["sweep"] and len(comparison["seeds"]) > 1 and "lora" in comparison["variants"]),
                "alignment.png": (draw_alignment, not comparison["sweep"] and any(row.get("weight_cosine") is not None for row in rows)),
                "training.png": (draw_training, not comparison["sweep"] and any(len(row.get("history", [])) > 1 for row in rows)),
-               "homogeneity.png": (lambda c, path: draw_homogeneity({c["base"]["path"]: c}, path), not comparison["sweep"])}
+               "homogeneity.png": (lambda c, path: draw_homogeneity([c], path), not comparison["sweep"])}
     for name, (draw, possible) in figures.items():
         if possible and (not anew or (folder / name).exists()):
             draw(comparison, folder / name)
@@ -1352,7 +1356,7 @@ def draw_homogeneity(comparisons, path):
     if not comparisons:
         return
     figure, axes = new_figure(len(comparisons), width=5.5 * len(comparisons), height=3.4)
-    for ax, comparison in zip(axes, comparisons.values()):
+    for ax, comparison in zip(axes, comparisons):
         k_hat = comparison["base"]["layers"]["k_hat"]
         ax.plot(range(len(k_hat)), k_hat, color="0.4", marker="P", label="base")
         for label in ("full", "lora", "nalora"):
@@ -1361,7 +1365,7 @@ def draw_homogeneity(comparisons, path):
                 ax.plot(range(len(k_hat)), layer_means(comparison, label, "k_hat"), color=colour, marker=marker, markersize=7 if label == "lora" else 4,
                         markerfacecolor="none", lw=1, label=label)    # drawn over each other where they agree
         ax.axhline(1, color="0.7", lw=0.8, zorder=0)
-        ax.set(xlabel="layer", ylabel="effective homogeneity k_hat", title=title(comparison).partition(",")[0])
+        ax.set(xlabel="layer", ylabel="effective homogeneity k_hat", title=base_name(comparison))
         ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend(frameon=False)
     save_figure(figure, path)
@@ -1412,7 +1416,7 @@ def draw_sweeps(comparisons, path):
             ax.remove()
         for ax, (comparison, column) in zip(axes, panels):
             draw_curves(ax, comparison, look, column)
-            ax.set(title=title(comparison))
+            ax.set(title=sweep_title(comparison))
             handles |= {label: handle for handle, label in zip(*ax.get_legend_handles_labels())}
         figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns + 1, frameon=False)
         save_figure(figure, path)
