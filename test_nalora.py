@@ -1,4 +1,4 @@
-"""The executable specification of nalora.py and train_tiny.py, in their order. Run: pytest. Offline, CPU, a few minutes."""
+"""The executable specification of nalora.py and train_tiny.py, in their order. Run: pytest test_nalora.py. Offline, CPU."""
 import copy
 import importlib.util
 import io
@@ -14,8 +14,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections import OrderedDict
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -27,14 +25,18 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import nalora
-import peers
 import train_tiny
-from nalora import (ACTIVATIONS, Llama, LlamaConfig, LoRALinear, NALoRA, NALoRAConfig,
-                    effective_homogeneity, homogeneity, importance_mask, inject_lora, load_adapter, lora_parameters, merge_lora,
-                    save_adapter, selection_entropy, selection_misalignment, selection_weight, step_scale, value_and_slope)
+from nalora import (ACTIVATIONS, GateSums, Llama, LlamaConfig, LoRALinear, NALoRA, NALoRAConfig, State, correct, decide, effective_homogeneity,
+                    homogeneity, importance_mask, inject_lora, load_adapter, lora_parameters, merge_lora, observe, save_adapter, selection_weight,
+                    step_scale, value_and_slope)
+
 
 HERE = Path(__file__).resolve().parent
+
+
 FFN = ["gate_proj", "up_proj", "down_proj"]
+
+
 SMALL = LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                     max_position_embeddings=64)
 
@@ -89,9 +91,17 @@ def equal(a, b):
 # ---- 1. mathematics -----------------------------------------------------------------------------------------------------------------
 
 Z = torch.linspace(-6, 6, 24001, dtype=torch.float64)
+
+
 NORMAL = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), 1)
+
+
 SIGMOID = torch.sigmoid
+
+
 INNER, INNER_SLOPE = math.sqrt(2 / math.pi) * (Z + 0.044715 * Z**3), math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * Z**2)
+
+
 # activation: (rho, phi') in closed form
 CLOSED_FORMS = {"silu": (SIGMOID(Z), SIGMOID(Z) * (1 + Z * (1 - SIGMOID(Z)))),
                 "gelu": (NORMAL.cdf(Z), NORMAL.cdf(Z) + Z * NORMAL.log_prob(Z).exp()),
@@ -157,11 +167,15 @@ def test_extreme_gates_stay_finite(dtype):
 
 
 def test_partition_and_its_degenerate_cases():
-    regime = lambda z: nalora.regime(nalora.gate_sums(F.silu, z.reshape(1, -1))[-4:], z.numel())
+    def regime(z, act=F.silu):
+        sums = observe(act, z.reshape(1, -1), torch.ones(1))
+        return sums.k_hat(), sums.positive / (sums.tokens * z.numel())
+
     k_hat, occupancy = regime(torch.tensor([-2.0, -1.0, 1.0, 3.0]))
     assert occupancy == 0.5 and step_scale(k_hat, occupancy).item() == pytest.approx(1 / k_hat.item()) != 1
     assert step_scale(*regime(torch.arange(1.0, 100))) == step_scale(*regime(-torch.arange(1.0, 100))) == 1
-    assert [nalora.selects(act) for act in (*ACTIVATIONS.values(), lambda z: 2 * z, lambda z: F.leaky_relu(z))] == [True] * 4 + [False] * 3
+    for act, moves in [(act, name != "relu") for name, act in ACTIVATIONS.items()] + [(lambda z: 2 * z, False), (lambda z: F.leaky_relu(z), False)]:
+        assert (step_scale(*regime(torch.linspace(-3, 5, 200), act)) != 1) == moves       # rho' = 0: k_hat is exactly 1
     k, p = torch.tensor([0.1, 0.8, 1.0, 1.6, 9.0, 0.8, -1.0, 0.8]), torch.tensor([0.5, 0.5, 0.5, 0.05, 0.5, 0.04, 0.5, 0.96])
     torch.testing.assert_close(step_scale(k, p), torch.tensor([2, 1.25, 1, 0.625, 0.5, 1, 2, 1]))
 
@@ -280,9 +294,7 @@ def test_rows_are_put_back_bit_for_bit_or_take_exactly_loras_step():
         assert others and all(torch.equal(now[n], stepped[n]) for n in others)
 
 
-@pytest.mark.parametrize("config", [NALoRAConfig(keep=1, scale="none"), NALoRAConfig(mask="none", scale="none"),
-                                    NALoRAConfig(keep=1, scale="none", budget="neutral"), NALoRAConfig(mask="random", keep=1, scale="none"),
-                                    NALoRAConfig(mask="redrawn", keep=1, scale="none")])
+@pytest.mark.parametrize("config", [NALoRAConfig(keep=1, scale="none"), NALoRAConfig(mask="none", scale="none")])
 def test_switched_off_it_is_lora_bit_for_bit(config):
     plain, tool = start(weight_decay=0.1), start(config, weight_decay=0.1)
     for i in range(20):
@@ -293,8 +305,7 @@ def test_switched_off_it_is_lora_bit_for_bit(config):
 def test_what_is_off_hooks_nothing():
     count = lambda config: len(start(config)[2]._handles)
     assert count(NALoRAConfig(mask="none", scale="none")) == 0
-    assert count(NALoRAConfig(mask="random", scale="none")) == count(NALoRAConfig(mask="redrawn", scale="none")) == 2  # the optimizer's step, no gate
-    assert count(NALoRAConfig()) == 5                               # two gates, the step twice, one parameter's backward
+    assert count(NALoRAConfig()) == 5  # two gates, the step twice, one parameter's backward
 
 
 def test_statistics_are_those_of_the_step():
@@ -318,10 +329,9 @@ def test_statistics_are_those_of_the_step():
             assert s["scale"] == pytest.approx(step_scale(k_hat, occupancy).item())
 
 
-@pytest.mark.parametrize("scale", ["homogeneity", "uniform"])
 @pytest.mark.parametrize("mask", ["none", "derivative"])
-def test_the_step_of_every_ffn_pair_is_scaled(mask, scale):
-    plain, tool = start(), start(NALoRAConfig(mask=mask, scale=scale))
+def test_the_step_of_every_ffn_pair_is_scaled(mask):
+    plain, tool = start(), start(NALoRAConfig(mask=mask))
     before = snapshot(plain[0])
     take_step(*plain[:2], 0), take_step(*tool[:2], 0)
     stepped, now, statistics = snapshot(plain[0]), snapshot(tool[0]), tool[2].statistics()
@@ -330,102 +340,12 @@ def test_the_step_of_every_ffn_pair_is_scaled(mask, scale):
         rows = s["mask"][:, None] if name.endswith("gate_proj.lora_B") else 1
         torch.testing.assert_close(now[name], before[name] + s["scale"] * rows * (stepped[name] - before[name]))
     scales = [s["scale"] for s in statistics.values()]
-    assert (scales[0] == scales[1] != 1) == (scale == "uniform")
+    assert scales[0] != scales[1] != 1
 
 
-def test_neutral_budget_keeps_the_mean_step():
-    runs = {budget: start(NALoRAConfig(keep=0.25, budget=budget)) for budget in ("raw", "neutral")}
-    for model, opt, _ in runs.values():
-        take_step(model, opt, 0)
-    scales = {budget: torch.tensor([s["scale"] for s in tool.statistics().values()]) for budget, (_, _, tool) in runs.items()}
-    torch.testing.assert_close(scales["neutral"], scales["raw"] / scales["raw"].log().mean().exp())
-    for state in runs["neutral"][2]._state.values():
-        rows = runs["neutral"][2]._factor(state, True) / state["scale"]
-        assert rows.mean().item() == pytest.approx(1) and rows.max().item() == pytest.approx(4)
-
-
-def test_random_and_inverted_controls():
-    _, opt, tool = runs = start(NALoRAConfig(mask="random", keep=0.25, seed=3))
-    masks = [s["mask"] for s in tool.statistics().values()]
-    take_step(runs[0], opt, 0)
-    assert all(m.sum() == 12 for m in masks) and not torch.equal(*masks)
-    assert all(torch.equal(m, s["mask"]) for m, s in zip(masks, tool.statistics().values()))
-    other = start(NALoRAConfig(mask="random", keep=0.25, seed=4))[2].statistics()
-    assert not torch.equal(masks[0], next(iter(other.values()))["mask"])
-    (model, opt, tool), (model_i, opt_i, inverted) = start(NALoRAConfig()), start(NALoRAConfig(mask="inverted"))
-    take_step(model, opt, 0), take_step(model_i, opt_i, 0)
-    for s, t in zip(tool.statistics().values(), inverted.statistics().values()):
-        assert torch.equal(s["importance"], t["importance"]) and torch.equal(s["mask"], ~t["mask"])
-
-
-def test_shuffled_control():
-    """At every step the derivative mask of what was seen, dealt to other rows by one permutation per FFN, which the seed decides."""
-    model, opt, tool = start(NALoRAConfig(mask="shuffled", keep=0.25, ema=0, seed=3))
-    pairs = []
-    for step in range(12):
-        take_step(model, opt, step)
-        pairs.append([(nalora.importance_mask(s["importance"], 0.25), s["mask"]) for s in tool.statistics().values()])
-    orders = [order for order in tool._order.values()]
-    assert all(torch.equal(shown[order], mask) for step in pairs for (shown, mask), order in zip(step, orders))
-    assert len({tuple(step[0][1].tolist()) for step in pairs}) == len({tuple(step[0][0].tolist()) for step in pairs}) > 1      # it changes as often
-    assert any(not torch.equal(shown, mask) for shown, mask in pairs[0]) and not torch.equal(*orders)
-    assert all(torch.equal(order.sort().values, torch.arange(len(order))) for order in orders)
-    same, other = (start(NALoRAConfig(mask="shuffled", seed=seed))[2]._order for seed in (3, 4))
-    assert [order.tolist() for order in same.values()] == [order.tolist() for order in orders] != [order.tolist() for order in other.values()]
-
-
-@pytest.mark.parametrize("scale", ["none", "homogeneity"])
-def test_redrawn_control(scale):
-    """At each step as many rows, others every time, every row as often as the next in the long run; without a scale no gate is looked at."""
-    model, opt, tool = start(NALoRAConfig(mask="redrawn", keep=0.25, scale=scale, seed=3))
-    masks = []
-    for step in range(200):
-        before = snapshot(model)
-        take_step(model, opt, step % 4)
-        masks.append([s["mask"] for s in tool.statistics().values()])
-        for (name, B), mask in zip([(n, p) for n, p in snapshot(model).items() if n.endswith("gate_proj.lora_B")], masks[-1]):
-            assert torch.equal(B[~mask], before[name][~mask]) and (B[mask] != before[name][mask]).any(dim=1).all()
-    for ffn in zip(*masks):
-        shares = torch.stack(ffn).float().mean(0)                                           # (F,), mean 1/4, deviation 0.03
-        assert all(mask.sum() == 12 for mask in ffn) and len({tuple(mask.tolist()) for mask in ffn}) == 200 and 0.1 < shares.min() <= shares.max() < 0.4
-    assert not torch.equal(*masks[0])
-    for seed, same in ((3, True), (4, False)):
-        model, opt, tool = start(NALoRAConfig(mask="redrawn", keep=0.25, scale=scale, seed=seed))
-        take_step(model, opt, 0)
-        assert torch.equal(next(iter(tool.statistics().values()))["mask"], masks[0][0]) == same
-
-
-def test_row_draws_do_not_depend_on_the_default_dtype():
-    draw = lambda: nalora.row_draw(NALoRAConfig(seed=3), 1, torch.zeros(48), step=5)
-    expected = draw()
-    try:
-        torch.set_default_dtype(torch.bfloat16)
-        assert torch.equal(draw(), expected)
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-def test_score_rho_prime():
-    z = torch.cat([torch.linspace(-4, 4, 801, dtype=torch.float64), torch.tensor([1e-9, -1e-9])])[:, None]
-    scores = nalora.gate_sums(F.silu, z.repeat(1, 2), score="rho_prime")[0] / len(z)
-    assert scores.item() == pytest.approx((SIGMOID(z) * (1 - SIGMOID(z))).mean().item(), abs=1e-4)
-
-
-def test_score_downstream():
-    model, opt, tool = start(NALoRAConfig(stride=1, ema=0, score="downstream"))
-    ffn, x = model.model.layers[1].mlp, []
-    ffn.register_forward_pre_hook(lambda _, inputs: x.append(inputs[0].detach().flatten(0, 1)))
-    with torch.no_grad():
-        model(*batch(0))
-        z, u, norms = ffn.gate_proj(x[0]), ffn.up_proj(x[0]), ffn.down_proj.base_layer.weight.norm(dim=0)
-    take_step(model, opt, 0)
-    expected = torch.stack([sum(value_and_slope(F.silu, z[t, c])[1].abs() * u[t, c].abs() for t in range(len(z))) / len(z) * norms[c] for c in range(48)])
-    torch.testing.assert_close(tool.statistics()["model.layers.1.mlp"]["importance"], expected)
-
-
-@pytest.mark.parametrize("stride, score", [(1, "phi_prime"), (7, "phi_prime"), (7, "downstream")])
-def test_microbatches_equal_one_batch(stride, score):
-    (model, opt, whole), (model_m, opt_m, parts) = (start(NALoRAConfig(stride=stride, score=score)) for _ in range(2))
+@pytest.mark.parametrize("stride", [1, 7])
+def test_microbatches_equal_one_batch(stride):
+    (model, opt, whole), (model_m, opt_m, parts) = (start(NALoRAConfig(stride=stride)) for _ in range(2))
     for i in range(3):
         take_step(model, opt, i)
         tokens, targets = batch(i)
@@ -490,8 +410,7 @@ def test_evaluation_leaves_no_trace():
     assert equal(snapshot(model), snapshot(model_e))
 
 
-@pytest.mark.parametrize("config", [NALoRAConfig(), NALoRAConfig(mask="random", seed=5), NALoRAConfig(mask="shuffled", seed=5),
-                                    NALoRAConfig(mask="redrawn", seed=5), NALoRAConfig(scale="uniform", mask="none")])
+@pytest.mark.parametrize("config", [NALoRAConfig(), NALoRAConfig(mask="none"), NALoRAConfig(scale="none")])
 def test_state_dict_round_trip(config):
     model, opt, tool = start(config)
     take_step(model, opt, 0)
@@ -582,16 +501,22 @@ def test_random_shapes(seed):
     targets = [*FFN[:rng.randrange(1, 4)], *rng.sample(["q_proj", "v_proj", "o_proj"], rng.randrange(3))]
     smallest = min(min(m.weight.shape) for name, m in model.named_modules() if name.split(".")[-1] in targets)
     inject_lora(model, targets, rng.randrange(1, smallest + 1), rng.choice([1, 7.5, 16]))
-    mask, scale = rng.choice(["derivative", "inverted", "shuffled", "random", "redrawn", "none"]), rng.choice(["homogeneity", "uniform", "none"])
-    settings = NALoRAConfig(mask=mask, keep=rng.uniform(0.01, 1), scale=scale, budget="raw" if scale == "uniform" else rng.choice(["raw", "neutral"]),
-                            score=rng.choice(["phi_prime", "rho_prime", "downstream"]), ema=rng.choice([0, 0.9]), stride=rng.choice([1, 2, 17, 1000]), seed=seed)
-    model, opt, tool = start(settings, model, rng.choice([torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad]))
+    mask, scale = rng.choice(["derivative", "none"]), rng.choice(["homogeneity", "none"])
+    settings = NALoRAConfig(mask=mask, keep=rng.uniform(0.01, 1), scale=scale, ema=rng.choice([0, 0.9]), stride=rng.choice([1, 2, 17, 1000]))
+    random_run(rng, model, config["vocab_size"], settings, NALoRA)
+
+
+def random_run(rng, model, vocabulary, settings, steer):
+    """Four random steps of a model that steer(model, optimizer, settings) steers: what must hold always."""
+    mask = settings.mask
+    model, opt, _ = start(None, model, rng.choice([torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad]))
+    tool = steer(model, opt, settings)
     pairs = [(layer.lora_A, layer.lora_B) for layer in nalora.lora_layers(model).values()]
     frozen = [(p, p.detach().clone()) for pair in pairs[1:] for p in pair if rng.random() < 0.3]    # of FFNs, too; one pair trains
     for p, _ in frozen:
         p.requires_grad_(False)
     for step in range(4):
-        tokens, targets = batch(step, (rng.choice([1, 1, 3]), rng.choice([1, 2, 9])), config["vocab_size"])
+        tokens, targets = batch(step, (rng.choice([1, 1, 3]), rng.choice([1, 2, 9])), vocabulary)
         tool.token_mask = rng.choice([None, torch.ones_like(tokens), torch.zeros_like(tokens), torch.rand(tokens.shape) < 0.5])
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         (model(tokens, targets)[1] * rng.choice([1, 1, 0])).backward()                      # at times every gradient is zero
@@ -628,24 +553,104 @@ def test_autocast(dtype, tolerance):
         torch.testing.assert_close(a["importance"], b["importance"], atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("score", ["phi_prime", "rho_prime", "downstream"])
-def test_no_sum_is_taken_in_half_precision(score):
+def test_no_sum_is_taken_in_half_precision():
     """Neither under autocast, as when one microbatch is summed up in the forward pass of the next, nor of gates that are half themselves."""
     torch.manual_seed(0)
-    z, reach = torch.randn(2, 300, 48), torch.rand(2, 300, 48)
+    z, ones = torch.randn(2, 300, 48), torch.ones(2, 300)
     with torch.autocast("cpu", torch.bfloat16):
-        sums = nalora.gate_sums(F.silu, z, None, score, reach)
-    assert torch.equal(sums, nalora.gate_sums(F.silu, z, None, score, reach))
-    half = z[0].bfloat16()
-    for measure in (selection_entropy, lambda act, z: selection_misalignment(act, z, 2 * z, z / 2)):
-        assert measure(F.silu, half) == measure(F.silu, half.float())
+        sums = observe(F.silu, z, ones)
+    assert all(map(torch.equal, sums, observe(F.silu, z, ones)))
+    half = z.bfloat16()
+    assert all(map(torch.equal, observe(F.silu, half, ones), observe(F.silu, half.float(), ones)))
 
 
 def test_padding_may_hold_anything():
-    z, reach, tokens = torch.randn(9, 48), torch.rand(9, 48), torch.tensor([1] * 5 + [0] * 4)
-    expected = nalora.gate_sums(F.silu, z[:5], None, "downstream", reach[:5])
-    z[5:], reach[5:] = math.nan, math.inf
-    torch.testing.assert_close(nalora.gate_sums(F.silu, z, tokens, "downstream", reach), expected)
+    z, weight = torch.randn(9, 48), torch.tensor([1] * 5 + [0] * 4)
+    expected = observe(F.silu, z[:5], torch.ones(5))
+    z[5:] = math.nan
+    for found, right in zip(observe(F.silu, z, weight), expected):
+        torch.testing.assert_close(found, right)
+
+
+def test_a_pass_with_an_infinite_sum_adds_nothing():
+    z = torch.randn(3, 9, 48)
+    z[1, 4, 7] = math.inf
+    sums = observe(F.silu, z, torch.ones(3, 9))
+    assert all((total[1] == 0).all() and (total[0] != 0).any() for total in sums)
+
+
+def test_the_pure_core_takes_any_leading_dimensions_and_sums_add_up():
+    z, weight = torch.randn(2, 3, 8, 20), (torch.rand(2, 3, 8) < 0.7).float()
+    weight[0, 0] = 0  # an FFN that saw nothing keeps its state
+    whole = observe(F.silu, z, weight)
+    halves = observe(F.silu, z[..., :4, :], weight[..., :4]) + observe(F.silu, z[..., 4:, :], weight[..., 4:])
+    for found, right in zip(halves, whole):
+        torch.testing.assert_close(found, right)
+    state = State(torch.rand(2, 3, 20), torch.rand(2, 3, 20) < 0.5, *torch.rand(3, 2, 3))
+    config = NALoRAConfig(keep=0.3, ema=0.4)
+    new = decide(state, whole, config)
+    assert all(torch.equal(now[0, 0], before[0, 0]) for now, before in zip(new, state))
+    for i, j in [(0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]:
+        alone = decide(State(*(t[i, j] for t in state)), GateSums(*(t[i, j] for t in whole)), config)
+        assert all(map(torch.equal, alone, (t[i, j] for t in new)))
+        seen = z[i, j][weight[i, j] > 0]
+        score = value_and_slope(F.silu, seen)[1].abs().mean(0)
+        torch.testing.assert_close(alone.importance, 0.6 * score + 0.4 * state.importance[i, j])
+        assert alone.mask.sum() == 6 and alone.importance[alone.mask].min() >= alone.importance[~alone.mask].max()
+        torch.testing.assert_close(alone.k_hat, effective_homogeneity(F.silu, seen))
+        assert alone.occupancy.item() == pytest.approx((seen > 0).float().mean().item())
+        assert alone.scale.item() == pytest.approx(1 / min(max(alone.k_hat.item(), 0.5), 2))
+
+
+def test_correct_is_exact_at_both_ends_and_goes_beyond():
+    before, after = torch.randn(2, 6, 3)
+    factor = torch.tensor([0, 1, 0.3, 0.7, 2, -1])[:, None]
+    found = correct(before, after, factor)
+    assert torch.equal(found[0], before[0]) and torch.equal(found[1], after[1])
+    torch.testing.assert_close(found, before + factor * (after - before))
+
+
+def test_ffns_of_different_width_and_activation_are_steered_side_by_side():
+    """Each as if it were alone, though those that are alike stand stacked; also those that a pass leaves out."""
+    class FFN(nn.Module):
+        def __init__(self, width, act):
+            super().__init__()
+            self.gate_proj, self.up_proj, self.down_proj = nn.Linear(8, width), nn.Linear(8, width), nn.Linear(width, 8)
+            self.act_fn = act
+
+        def forward(self, x):
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+    class Swish(nn.Module):
+        def __init__(self, beta):
+            super().__init__()
+            self.beta = beta
+
+        def forward(self, z):
+            return z * torch.sigmoid(self.beta * z)
+
+    def run(chosen):
+        torch.manual_seed(0)
+        ffns = [FFN(12, F.silu), FFN(20, F.silu), FFN(12, F.gelu), FFN(12, F.silu), FFN(12, Swish(0.7)), FFN(12, Swish(2.0)), FFN(12, Swish(0.7))]
+        model = nn.ModuleList(ffns)
+        inject_lora(model, ["gate_proj", "up_proj", "down_proj"], rank=2)
+        start(None, model)
+        model = nn.ModuleDict({str(i): ffns[i] for i in chosen})
+        opt = torch.optim.AdamW(lora_parameters(model), lr=1e-2)
+        tool = NALoRA(model, opt, NALoRAConfig(stride=1))
+        for step in range(3):
+            for i in chosen:
+                x = torch.randn(5 + i, 8, generator=torch.Generator().manual_seed(10 * step + i))
+                if (step, i) != (1, 3):
+                    model[str(i)](x).square().sum().backward()
+            opt.step(), opt.zero_grad()
+        return len(tool._stacks), tool.statistics()
+
+    stacks, together = run(range(7))
+    assert stacks == 5
+    for i in range(7):
+        for key, value in run([i])[1][str(i)].items():
+            torch.testing.assert_close(torch.as_tensor(together[str(i)][key]), torch.as_tensor(value), msg=f"{key} of {i}")
 
 
 def test_gates_that_are_all_zero():
@@ -671,18 +676,39 @@ def test_a_float64_model_trains():
     assert all(s["importance"].dtype == torch.float32 and s["mask"].sum() == 24 for s in tool.statistics().values())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_step_on_a_gpu_waits_for_nothing():
-    model = lora_llama().cuda()
-    opt = torch.optim.AdamW(lora_parameters(model), fused=True)
-    NALoRA(model, opt)
-    tokens, targets = (t.cuda() for t in batch(0))
-    for step in range(3):
-        torch.cuda.set_sync_debug_mode("error" if step else "default")
-        try:
-            model(tokens)[0].sum().backward(), opt.step(), opt.zero_grad()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+class Waits(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes every operation that would wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        indices = [i for i in args[1] if i is not None] if "aten.index." in name or "index_put" in name else []
+        if any(word in name for word in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal.default")) or any(i.dtype == torch.bool for i in indices):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_waits_for_nothing():
+    model, opt, tool = start(NALoRAConfig(stride=1))
+    tokens, targets = batch(0)
+    tool.token_mask = torch.ones_like(tokens)
+    for _ in range(2):
+        with Waits() as waits:
+            model(tokens)[0].sum().backward()
+            model(tokens)[0].sum().backward()
+            opt.step()
+        opt.zero_grad()
+        # AdamW's own count of steps stands on the CPU
+        assert [name for name in waits.found if "_local_scalar_dense" not in name] == []
+    with Waits() as waits, torch.no_grad():
+        tool._before_step(opt, (), {}), tool._after_step(opt, (), {})
+    assert waits.found == []
+    with Waits() as waits:
+        next(iter(tool.statistics().values()))
+    assert waits.found  # it can fail
 
 
 def ddp_rank(rank, world, port, path, stride):
@@ -785,10 +811,10 @@ def test_nalora_refuses():
         NALoRA(model, opt)
     first.remove()
     NALoRA(model, opt).remove()
-    with pytest.raises(ValueError, match="reads up_proj and down_proj"):
-        plain = nn.Sequential(OrderedDict(fc1=nn.Linear(8, 16), act=nn.GELU(), fc2=nn.Linear(16, 8)))
-        inject_lora(plain, ["fc1"], rank=2)
-        NALoRA(plain, torch.optim.AdamW(lora_parameters(plain)), NALoRAConfig(score="downstream"), gate="fc1")
+    sigmoid = lora_llama()
+    sigmoid.model.layers[1].mlp.act_fn = torch.sigmoid
+    with pytest.raises(ValueError, match="not self-gated"):
+        NALoRA(sigmoid, torch.optim.AdamW(lora_parameters(sigmoid)))
     del model.model.layers[0].mlp.act_fn
     with pytest.raises(ValueError, match="no activation"):
         NALoRA(model, opt, gate="mlp.gate_proj")
@@ -810,9 +836,7 @@ def test_sharded_parameters_are_refused():
 
 
 @pytest.mark.parametrize("setting, message", [({"keep": 0}, "keep is 0"), ({"keep": 1.5}, "keep is 1.5"), ({"keep": "0.5"}, "keep is '0.5'"), ({"keep": math.nan}, "keep is nan"),
-                                              ({"ema": 1.0}, "ema is 1.0"), ({"ema": "x"}, "ema is 'x'"), ({"seed": 0.5}, "seed is 0.5"), ({"seed": 2**62}, "below 2"), ({"stride": True}, "stride is True"), ({"mask": "top"}, "mask is 'top'"), ({"scale": None}, "scale is None"),
-                                              ({"budget": "free"}, "budget"), ({"score": "phi"}, "score"), ({"stride": 0}, "stride is 0"),
-                                              ({"scale": "uniform", "budget": "neutral"}, "exactly 1")])
+                                              ({"ema": 1.0}, "ema is 1.0"), ({"ema": "x"}, "ema is 'x'"), ({"stride": True}, "stride is True"), ({"mask": "top"}, "mask is 'top'"), ({"scale": None}, "scale is None"), ({"stride": 0}, "stride is 0")])
 def test_config_refuses(setting, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         NALoRAConfig(**setting)
@@ -821,9 +845,16 @@ def test_config_refuses(setting, message):
 # ---- an independent oracle: two gated FFNs in slow NumPy float64, written from nalora.py's docstring and sharing no code with it ---------
 
 TOKENS, WIDTH, CHANNELS, RANK, ALPHA = 12, 4, 7, 2, 5
+
+
 LR, DECAY, BETA1, BETA2, EPS = 1e-2, 0.1, 0.9, 0.999, 1e-8
+
+
 DEFAULTS = dict(mask="derivative", keep=0.5, scale="homogeneity", budget="raw", score="phi_prime", ema=0.9)
+
+
 SHAPES = {"gate_proj": (WIDTH, CHANNELS), "up_proj": (WIDTH, CHANNELS), "down_proj": (CHANNELS, WIDTH)}
+
 
 # The oracle, without torch. `w` maps parameter names, those of the torch model, to arrays.
 
@@ -860,7 +891,7 @@ def adamw_step(p, g, moments, t):
     return -LR * DECAY * p - LR * mean / (np.sqrt(square) + EPS)
 
 
-def decide(c, gates, stats):
+def oracle_decide(c, gates, stats):
     """Brings `stats` up to date with the gates of this step's forward pass."""
     for i, s in stats.items():
         z = gates[i]
@@ -883,7 +914,7 @@ def decide(c, gates, stats):
 
 def oracle_step(c, w, moments, stats, t, x, target):
     gates, grads = gates_and_gradients(w, x, target)
-    decide(c, gates, stats)
+    oracle_decide(c, gates, stats)
     for name, g in grads.items():
         s, step = stats[name[0]], adamw_step(w[name], g, moments[name], t)
         if name.endswith("gate_proj.lora_B"):
@@ -892,15 +923,14 @@ def oracle_step(c, w, moments, stats, t, x, target):
         w[name] += s["scale"] * step
 
 
-# The same in torch, and the comparison.
-
-
 @pytest.mark.parametrize("changes, bias, scales", [
-    ({}, 0, []), ({"mask": "none"}, 0, []), ({"scale": "none"}, 0, [1]), ({"scale": "uniform"}, 0, []),
-    ({"budget": "neutral"}, 0, []), ({"mask": "inverted"}, 0, []), ({"score": "rho_prime"}, 0, []),
-    ({}, -20, [1]), ({}, -1.3, [1, 2]), ({"scale": "uniform"}, -1.3, []), ({"budget": "neutral"}, -1.3, [])])
+    ({}, 0, []), ({"mask": "none"}, 0, []), ({"scale": "none"}, 0, [1]), ({}, -20, [1]), ({}, -1.3, [1, 2])])
 def test_nalora_agrees_with_the_oracle(changes, bias, scales):
     """bias shifts FFN 0's gates: -20 leaves no two regimes; -1.3 does at times and has k_hat < 1/2 at others (`scales`)."""
+    agrees_with_the_oracle(lambda model, optimizer: NALoRA(model, optimizer, NALoRAConfig(stride=1, **changes)), changes, bias, scales)
+
+
+def agrees_with_the_oracle(steer, changes, bias, scales):
     torch.manual_seed(0)
     model = nn.ModuleList(nn.ModuleDict({n: nn.Linear(*shape, bias=False) for n, shape in SHAPES.items()}) for _ in "01")
     model[0].act_fn = model[1].act_fn = F.silu
@@ -912,7 +942,7 @@ def test_nalora_agrees_with_the_oracle(changes, bias, scales):
     moments, seen = {name: np.zeros((2, *p.shape)) for name, p in w.items()}, set()
     stats = {i: {"importance": np.zeros(CHANNELS), "mask": np.ones(CHANNELS, bool)} for i in "01"}
     optimizer = torch.optim.AdamW(lora_parameters(model), lr=LR, betas=(BETA1, BETA2), eps=EPS, weight_decay=DECAY)
-    tool = NALoRA(model, optimizer, NALoRAConfig(stride=1, **changes))
+    tool = steer(model, optimizer)
     for t in range(1, 11):
         x, target = torch.randn(2, TOKENS, WIDTH, dtype=torch.float64)
         x[:, 0], y = 1, x
@@ -929,29 +959,6 @@ def test_nalora_agrees_with_the_oracle(changes, bias, scales):
                 np.testing.assert_allclose(found[key], expected, rtol=0, atol=1e-10, err_msg=f"step {t}: {key} of FFN {i}")
         seen.add(stats["0"]["scale"])
     assert seen >= set(scales)
-
-
-# ---- 4. measures --------------------------------------------------------------------------------------------------------------------
-
-
-def test_selection_misalignment():
-    logit = lambda rho: torch.logit(torch.tensor(rho, dtype=torch.float64))     # SiLU: rho = sigmoid(z), so z is chosen by its rho
-    base, full = logit([[0.2, 0.5], [0.7, 0.4]]), logit([[0.5, 0.5], [0.7, 0.8]])           # full fine-tuning moves rho by (0.3, 0.4): norm 0.5
-    assert selection_misalignment(F.silu, full, full, base) == 0
-    assert selection_misalignment(F.silu, base, full, base).item() == pytest.approx(1)
-    assert selection_misalignment(F.silu, logit([[0.2, 0.5], [0.7, 0.8]]), full, base).item() == pytest.approx(0.6)
-    with pytest.raises(ValueError, match="moved no selection"):
-        selection_misalignment(F.silu, full, base, base)
-
-
-def test_selection_entropy():
-    assert selection_entropy(F.silu, torch.ones(3, 8)).item() == pytest.approx(1)
-    one_open = torch.full((3, 8), -1000.0)
-    one_open[:, 2] = 3
-    assert selection_entropy(F.silu, one_open).item() == pytest.approx(0, abs=1e-6)
-    two_open = one_open.clone()
-    two_open[:, 5] = 3
-    assert selection_entropy(F.silu, two_open).item() == pytest.approx(math.log(2) / math.log(8))
 
 
 # ---- 5. the Llama -------------------------------------------------------------------------------------------------------------------
@@ -996,7 +1003,7 @@ def test_sampling_stop_and_context():
     assert torch.equal(model.generate(tokens[:1], 20, stop=first[0].item())[0, 7:], first[:1])
     with pytest.raises(ValueError, match="exceed the context of 64"):
         model.generate(tokens, 58)
-    with pytest.raises(ValueError, match="65 tokens exceeds the context"):
+    with pytest.raises(ValueError, match="65 tokens exceed the context"):
         model(torch.zeros(1, 65, dtype=torch.long))
     cache = [[], []]
     model(tokens, cache=cache)
@@ -1071,8 +1078,8 @@ def test_a_config_far_larger_than_the_weights_is_refused_before_it_takes_memory(
     small_llama().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 2**24}))
-    monkeypatch.setattr(Llama, "__init__", None)                    # nothing is built
-    with pytest.raises(ValueError, match="describes 3,221,.* numbers where"):
+    monkeypatch.setattr(Llama, "to", None)                          # nothing is built but on the meta device
+    with pytest.raises(ValueError, match="do not fit its config.json"):
         Llama.from_pretrained(tmp_path)
 
 
@@ -1174,207 +1181,17 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert json.loads(target.read_text()) == {"a": 1} and os.listdir(tmp_path) == ["file.json"]
 
 
-# ---- peers.py: the neighbours --------------------------------------------------------------------------------------------------------
-
-
-def peer_llama(peer, rank=4, alpha=8, targets=("q_proj", *FFN), seed=0, wake=True):
-    """A small model with a neighbour in it, its parameters away from zero."""
-    model = small_llama(seed)
-    peers.inject(model, peer, targets, rank, alpha)
-    torch.manual_seed(1)
-    for p in [p for name, p in model.named_parameters() if p.requires_grad and "_B" in name] if wake else []:
-        p.data += 0.02 * torch.randn_like(p)
-    return model
-
-
-def optimizer_of(model, peer, lr=1e-2):
-    return torch.optim.AdamW(peers.lora_plus_groups(model, lr) if peer == "lora+" else peers.learnt(model).values(), lr=lr, weight_decay=0.1)
-
-
-@pytest.mark.parametrize("peer", peers.PEERS)
-def test_a_neighbour_starts_as_a_no_op_trains_and_leaves_the_base_alone(peer):
-    base, tokens = small_llama(), batch(9)[0]
-    model = peer_llama(peer, wake=False)
-    difference = (model(tokens)[0] - base(tokens)[0]).abs().max().item()
-    assert difference < 1e-4 and (difference == 0 or peer == "pissa")
-    assert set(peers.learnt(model)) == set(snapshot(model))
-    losses = [take_step(model, optimizer_of(model, peer), 0) for _ in range(2)]
-    assert losses[1] < losses[0]
-    peers.unload(model)
-    assert equal(dict(model.named_parameters()), dict(base.named_parameters())) and not peers.carries(model)
-
-
-@pytest.mark.parametrize("peer", peers.PEERS)
-def test_a_neighbour_is_saved_loaded_and_merged(peer, tmp_path):
-    model, tokens = peer_llama(peer), batch(9)[0]
-    opt = optimizer_of(model, peer)
-    for i in range(3):
-        take_step(model, opt, i)
-    save_adapter(trained_lora(), tmp_path)                          # an older adapter of another kind in the same folder
-    parts, random_state = [id(m) for m in model.modules()], torch.get_rng_state()
-    model.requires_grad_(False)                                     # frozen or not, it is saved
-    peers.save_adapter(model, tmp_path, base_model="base", settings={"a": 1})
-    assert [id(m) for m in model.modules()] == parts and torch.equal(torch.get_rng_state(), random_state)
-    fresh = small_llama()
-    peers.load_adapter(fresh, tmp_path)
-    torch.testing.assert_close(fresh(tokens)[0], model(tokens)[0], atol=1e-5, rtol=1e-4)
-    before = fresh(tokens)[0]
-    if "nora" in peer:
-        with pytest.raises(ValueError, match="cannot be merged"):
-            peers.merge(fresh)
-    else:
-        peers.merge(fresh)
-        assert not any(hasattr(m, "lora_A") for m in fresh.modules())
-        with pytest.raises(ValueError):
-            peers.merge(fresh)
-    torch.testing.assert_close(fresh(tokens)[0], before, atol=1e-5, rtol=1e-4)
-    for other in (small_llama(seed=5), small_llama(num_hidden_layers=1)):
-        with pytest.raises(ValueError, match="another base|does not fit"):
-            peers.load_adapter(other, tmp_path)
-        assert not peers.carries(other) and all(p.requires_grad for p in other.parameters())
-    with pytest.raises(ValueError, match="carries a neighbour"):
-        peers.load_adapter(peer_llama("dora"), tmp_path)
-    peers.save_adapter(peer_llama("dora", targets=["q_proj"]), tmp_path)                   # the folder then holds this one and nothing else
-    fresh = small_llama()
-    assert peers.load_adapter(fresh, tmp_path) == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
-
-
-def test_merge_lora_does_not_mistake_a_neighbour_for_lora():
-    for peer in ("loran", "dora"):
-        with pytest.raises(ValueError, match="no LoRA"):
-            merge_lora(peer_llama(peer))
-
-
-@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_pytorch_tanh", "quick_gelu"])
-def test_the_rational_fit(name):
-    a, b, error = peers.fit_rational(ACTIVATIONS[name])
-    z = torch.linspace(-8, 8, 20001, dtype=torch.float64)
-    assert (peers.rational(z, a[:, None], b[:, None]) - ACTIVATIONS[name](z)).abs().max() < 1e-2
-
-
-def test_the_rational_activation_is_its_formula():
-    torch.manual_seed(0)
-    act = peers.RationalActivation(F.silu, 10, groups=3)
-    for p in act.parameters():
-        nn.init.normal_(p, std=0.1)
-    z = torch.randn(4, 10)
-    a = act.numerator + 2 * act.nora_B_numerator @ act.nora_A_numerator                     # alpha / rank = 2
-    b = act.denominator + 2 * act.nora_B_denominator @ act.nora_A_denominator
-    r = lambda v, a, b: sum(a[i] * v**i for i in range(6)) / (1 + abs(sum(b[j] * v**(j + 1) for j in range(4))))
-    for c in range(10):
-        g = c * 3 // 10
-        torch.testing.assert_close(act(z)[:, c], F.silu(z[:, c]) + r(z[:, c], a[g], b[g]) - r(z[:, c], act.numerator, act.denominator), atol=1e-5, rtol=1e-4)
-    assert act(torch.tensor([-1e30, -1e4, 0, 1e4, 1e30] * 2)[None]).isfinite().all()
-    assert sum(p.numel() for p in act.parameters()) == 3 * (6 + 4) + 2 * 3 * 3
-    with pytest.raises(ValueError, match="cannot be cut"):
-        peers.RationalActivation(F.silu, 4, groups=8)
-
-
-def test_loran_is_its_formula_and_without_amplitude_lora_bit_for_bit():
-    lora = lora_llama().model.layers[0].mlp.gate_proj
-    nn.init.normal_(lora.lora_B)
-    x = torch.randn(5, 32)
-    expected = lora(x)
-    assert torch.equal(peers.LoRANLinear(lora, amplitude=0)(x), expected)
-    w = lora.lora_B @ lora.lora_A
-    bent = F.linear(x, lora.base_layer.weight + lora.scaling * (w + 5e-5 * w * torch.sin(1e4 * w)))
-    torch.testing.assert_close(peers.LoRANLinear(lora)(x), bent, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("peer", ["rslora", "lora+", "dora", "pissa", "loran"])
-def test_nalora_works_on_top_of_a_neighbour(peer):
-    model = peer_llama(peer)
-    opt = optimizer_of(model, peer)
-    tool = NALoRA(model, opt, NALoRAConfig(keep=0.25, stride=1))
-    for i in range(3):
-        before = {name: p for name, p in snapshot(model).items() if "gate_proj.lora_B" in name}
-        take_step(model, opt, i)
-        for (name, p), s in zip(before.items(), tool.statistics().values()):
-            same = (snapshot(model)[name] == p).all(1)
-            assert same[~s["mask"]].all() and not same[s["mask"]].any() and s["mask"].sum() == 12
-
-
-def spoiled_weight(value):
-    model = small_llama()
-    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = value
-    return model
-
-
-def test_neighbours_refuse_with_nothing_changed():
-    narrow, tied = lambda: small_llama(intermediate_size=6), lambda: small_llama(tie_word_embeddings=True)
-    for make, change, message in (
-            (small_llama, lambda m: peers.inject(m, "nothing", FFN), "no neighbour 'nothing'"), (small_llama, lambda m: peers.inject(m, "dora", ["x"]), "matches no linear"),
-            (lambda: nn.Sequential(nn.Linear(3, 3)), lambda m: peers.inject(m, "nora"), "has none"), (lambda: peer_llama("dora"), lambda m: peers.inject(m, "nora"), "already"),
-            (lora_llama, lambda m: peers.inject(m, "nora"), "already"), (small_llama, lambda m: peers.inject(m, "loran", FFN, 99, 8), "rank is 99"),
-            (small_llama, lambda m: peers.inject(m, "rslora", FFN, -1, 8), "rank is -1"), (small_llama, lambda m: peers.inject(m, "pissa", FFN, 4, math.nan), "alpha nan"),
-            (small_llama, lambda m: peers.inject(m, "pissa", FFN, 20, 8), "saved as LoRA of rank 40"), (lambda: spoiled_weight(math.nan), lambda m: peers.inject(m, "pissa", FFN, 4, 8), "not finite"),
-            (tied, lambda m: peers.inject(m, "pissa", ["lm_head"], 4, 8), "tied"), (narrow, lambda m: peers.inject(m, "nora++", FFN, 4, 8), "cannot be cut into 8 groups"),
-            (small_llama, lambda m: peers.save_adapter(m, Path("nowhere")), "no LoRA"),
-            (lambda: peer_llama("nora++"), lambda m: NALoRA(m, torch.optim.AdamW(m.parameters())), "does not go with NoRA")):
-        model = make()
-        before, parts, trains = {k: v.clone() for k, v in model.state_dict().items()}, [id(m) for m in model.modules()], [p.requires_grad for p in model.parameters()]
-        with pytest.raises(ValueError, match=message) as error:
-            change(model)
-        assert "\n" not in str(error.value)
-        assert [id(m) for m in model.modules()] == parts and [p.requires_grad for p in model.parameters()] == trains, message
-        torch.testing.assert_close(dict(model.state_dict()), before, atol=0, rtol=0, equal_nan=True)
-    assert not Path("nowhere").exists()
-
-
-@pytest.mark.parametrize("peer", ["dora", "loran"])
-def test_merging_a_neighbour_of_a_tied_or_missing_weight_is_refused(peer):
-    model = small_llama(tie_word_embeddings=True)
-    peers.inject(model, peer, ["lm_head"], 4, 8)
-    before = model.model.embed_tokens.weight.clone()
-    with pytest.raises(ValueError, match="tied"):
-        peers.merge(model)
-    assert torch.equal(model.model.embed_tokens.weight, before)
-    with pytest.raises(ValueError, match="not loaded"):
-        peers.merge(peer_llama(peer).to("meta"))
-
-
-def test_dora_survives_a_row_of_zeros():
-    model = small_llama()
-    model.model.layers[0].mlp.up_proj.weight.data[3] = 0
-    peers.inject(model, "dora", FFN, 4, 8)
-    assert math.isfinite(take_step(model, optimizer_of(model, "dora"), 0)) and all(p.isfinite().all() for p in model.parameters())
-
-
-def test_loran_bends_the_same_under_autocast():
-    lora = lora_llama().model.layers[0].mlp.gate_proj
-    nn.init.normal_(lora.lora_B)
-    layer = peers.LoRANLinear(lora, amplitude=0.5)
-    with torch.autocast("cpu", torch.bfloat16):
-        bent = layer.bend()
-    assert torch.equal(bent, layer.bend())
-
-
-@pytest.mark.parametrize("peer, file", [("nora++", "peers.json"), ("nora++", "peers.safetensors"), ("loran", "peers.json"), ("dora", "adapter_config.json"), ("dora", "adapter_model.safetensors")])
-def test_a_spoiled_neighbour_is_refused_with_nothing_changed(peer, file, tmp_path):
-    peers.save_adapter(peer_llama(peer), tmp_path)
-    whole, model, refused = (tmp_path / file).read_bytes(), small_llama(), 0
-    names = [name for name, _ in model.named_modules()]
-    described = json.loads(whole) if file == "peers.json" else {}
-    more = [("named", json.dumps({**described, **change}).encode()) for change in (
-        {"targets": [["q"]]}, {"targets": [{}]}, {"rank": True}, {"alpha": 10**400}, {"alpha": -1}, {"rank": None}, {"base": []}, {"peer": "rslora"}, {"peer": ["nora"]})] if described else []
-    for kind, content in [*spoiled(whole, tmp_path / "executed"), *more]:
-        (tmp_path / file).write_bytes(content)
-        try:
-            peers.load_adapter(model, tmp_path)
-            peers.unload(model, list(model.parameters()))
-            assert kind not in ("cut", "named")
-        except ValueError as e:
-            refused += 1
-            assert "\n" not in str(e)
-        assert [name for name, _ in model.named_modules()] == names and model.model.layers[0].mlp.act_fn is F.silu and all(p.requires_grad for p in model.parameters())
-    assert refused > 20
-
-
 # ---- data ---------------------------------------------------------------------------------------------------------------------------
 
 sys.path.insert(0, str(HERE / "data"))
+
+
 import make_data  # noqa: E402
+
+
 TOKENIZER = train_tiny.load_tokenizer()
+
+
 SPLITS = {split: train_tiny.read_problems(HERE / "data" / f"{split}.jsonl") for split in ("train", "val", "test")}
 
 
@@ -1467,7 +1284,7 @@ def arguments(base, out, method="nalora", *more):
 
 def result(out):
     """What a run leaves behind and what must not depend on interruptions: file name -> bytes."""
-    files = [p for p in sorted(out.rglob("*")) if p.is_file() and p.name != "summary.json" and not p.name.startswith(".tmp")]    # of safetensors, killed
+    files = [p for p in sorted(out.rglob("*")) if p.is_file() and p.name not in ("summary.json", "checkpoint.pt") and not p.name.startswith(".tmp")]
     return {str(p.relative_to(out)): p.read_bytes() for p in files}
 
 
@@ -1476,49 +1293,46 @@ def test_every_method_runs_and_reports(base, tmp_path, capsys, method):
     assert train_tiny.main(arguments(base, tmp_path / "run", method)) == 0
     out, summary = capsys.readouterr().out, json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["method"] == method and math.isfinite(summary["val_loss"])
-    assert {"seed", "trainable_parameters", "total_parameters", "step_ms", "train_seconds", "wall_seconds", "peak_memory_mb"} <= set(summary)
+    assert {"seed", "trainable_parameters", "total_parameters", "step_ms", "train_seconds", "wall_seconds"} <= set(summary)
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in records] == [2, 4, 6] and all(math.isfinite(r["loss"]) for r in records)
-    assert "tokens/s" in out and "parameters train" in out and '"method"' in out and (tmp_path / "run" / "loss.png").stat().st_size > 5000
+    assert [r["step"] for r in records] == [0, 2, 4, 6] and all(math.isfinite(r["loss"]) for r in records[1:])
+    assert "s left" in out and "parameters train" in out and (tmp_path / "run" / "loss.png").exists()
     assert 0 <= summary["test_exact_match"] <= 1 and f"{method}: exact match" in out and len(re.findall(r"\[(?:right|wrong)", out)) == 3
+    if method.startswith("nalora"):  # NA-LoRA is seen at work
+        assert re.search(r"k_hat \d\.\d\d to \d\.\d\d  scale \d\.\d\d to \d\.\d\d  rows " + ("100%" if method == "nalora-scale" else "50%"), out)
     if method == "pretrain":
         Llama.from_pretrained(tmp_path / "run" / "model")
     assert any((tmp_path / "run" / "adapter").glob("*.safetensors")) == (method not in ("pretrain", "full"))
-    assert (tmp_path / "run" / "nalora.png").exists() == ("layers" in records[0]) == (train_tiny.METHODS[method] is not None)
+    assert (tmp_path / "run" / "nalora.png").exists() == ("layers" in records[1]) == method.startswith("nalora")
     assert train_tiny.main(["--sample", "Ann has 3 apples.", "--out", str(tmp_path / "run")]) == 0
     assert capsys.readouterr().out.startswith("Ann has 3 apples.\n")
 
 
-def test_method_all_prints_one_table(base, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train_tiny, "step_time_ratio", lambda a, b, pairs, f=train_tiny.step_time_ratio: f(a, b, 2))
+def test_method_all_prints_one_table(base, tmp_path, capsys):
     assert train_tiny.main(arguments(base, tmp_path / "all", "all", "--keep", "0.25")) == 0
     out = capsys.readouterr().out
-    assert re.search(r"NA-LoRA step / LoRA step = \d\.\d{3}", out) and all(re.search(rf"^{m} +\d", out, re.M) for m in ("full", "lora", "nalora"))
-    assert json.loads((tmp_path / "all" / "nalora" / "config.json").read_text())["nalora"]["keep"] == 0.25
+    assert all(re.search(rf"^{m} +\d", out, re.M) for m in ("full", "lora", "nalora"))
+    assert json.loads((tmp_path / "all" / "nalora" / "config.json").read_text())["keep"] == 0.25
 
 
-def test_presets_are_what_they_are_called():
-    args = train_tiny.command_line().parse_args([])
-    get = lambda method: train_tiny.resolve(args, method)["nalora"]
-    assert [(get(m)["mask"], get(m)["scale"], get(m)["budget"]) for m in list(train_tiny.METHODS)[3:14]] == [
-        ("derivative", "homogeneity", "raw"), ("derivative", "none", "raw"), ("none", "homogeneity", "raw"), ("random", "none", "raw"),
-        ("inverted", "none", "raw"), ("none", "uniform", "raw"), ("random", "uniform", "raw"), ("derivative", "homogeneity", "neutral"),
-        ("shuffled", "homogeneity", "raw"), ("shuffled", "none", "raw"), ("redrawn", "none", "raw")]
-    assert get("nalora") == asdict(NALoRAConfig())
+def test_methods_are_what_they_are_called():
+    for method, mask, scale in (("nalora", "derivative", "homogeneity"), ("nalora-mask", "derivative", "none"), ("nalora-scale", "none", "homogeneity")):
+        optimizer = train_tiny.METHODS[method](small_llama(), train_tiny.Config(keep=0.25, ema=0.5, stride=3))
+        assert optimizer.nalora.config == NALoRAConfig(keep=0.25, ema=0.5, stride=3, mask=mask, scale=scale)
+    for method in ("full", "lora"):
+        assert not hasattr(train_tiny.METHODS[method](small_llama(), train_tiny.Config()), "nalora")
+    assert {m for m in train_tiny.METHODS if m in train_tiny.command_line().format_help()} >= {"pretrain", "full", "lora", "nalora", "nalora-mask", "nalora-scale"}
 
 
 @pytest.fixture(scope="session")
 def plain_result(base, tmp_path_factory):
     out = tmp_path_factory.mktemp("plain") / "run"
-    with pytest.MonkeyPatch.context():
-        assert train_tiny.main(arguments(base, out)) == 0
+    assert train_tiny.main(arguments(base, out)) == 0
     return result(out)
 
 
-@pytest.mark.parametrize("flag", ["--seed 1", "--lr 0.01", "--batch-size 5", "--warmup 0.5", "--weight-decay 0.5", "--beta1 0.5", "--beta2 0.5", "--grad-clip 0.1",
-                                  "--train-size 8", "--rank 2", "--alpha 4", "--targets gate_proj up_proj", "--keep 0.2", "--ema 0", "--score downstream", "--optimizer sgd", "--optimizer sgd --momentum 0.5", "--scale none",
-                                  "--scale uniform", "--mask random", "--mask inverted", "--budget neutral", "--score rho_prime", "--stride 3", "--dtype bfloat16",
-                                  "--steps 5"])
+@pytest.mark.parametrize("flag", ["--seed 1", "--lr 0.01", "--batch-size 5", "--train-size 8", "--rank 2", "--alpha 4", "--targets gate_proj up_proj",
+                                  "--keep 0.2", "--dtype bfloat16", "--steps 5"])
 def test_every_flag_changes_the_adapter(base, tmp_path, plain_result, monkeypatch, flag):
     monkeypatch.setattr(train_tiny, "draw_loss", lambda *_: None)
     monkeypatch.setattr(train_tiny, "draw_layers", lambda *_: None)
@@ -1533,22 +1347,36 @@ def test_the_same_seed_gives_the_same_bits(base, tmp_path, plain_result):
     assert again == plain_result
 
 
-@pytest.mark.parametrize("at, method", [(0, "nalora"), *((3, method) for method in (*train_tiny.METHODS, "nalora --optimizer sgd", "full --optimizer sgd --momentum 0.9"))])
-def test_ctrl_c_and_resume_end_in_the_same_bits(base, tmp_path, monkeypatch, capsys, method, at):
-    method, *flags = method.split()
-    assert train_tiny.main(arguments(base, tmp_path / "whole", method, *flags)) == 0
-    original = train_tiny.Run.train_step
+def stepping(monkeypatch, before_step):
+    """Calls before_step(step) whenever the training loop asks for a batch to train on."""
+    original = train_tiny.training_loop
 
-    def interrupted(self, step):
+    def loop(run, first=0):
+        batches = run.batches
+
+        def watched(step):
+            before_step(step)
+            return batches(step)
+
+        run.batches = watched
+        return original(run, first)
+
+    monkeypatch.setattr(train_tiny, "training_loop", loop)
+
+
+@pytest.mark.parametrize("at, method", [(0, "nalora"), *((3, method) for method in ("pretrain", "full", "lora", "nalora", "nalora-mask", "nalora-scale"))])
+def test_ctrl_c_and_resume_end_in_the_same_bits(base, tmp_path, monkeypatch, capsys, method, at):
+    assert train_tiny.main(arguments(base, tmp_path / "whole", method)) == 0
+
+    def interrupt(step):
         if step == at:
             raise KeyboardInterrupt
-        return original(self, step)
 
-    monkeypatch.setattr(train_tiny.Run, "train_step", interrupted)
-    assert train_tiny.main(arguments(base, tmp_path / "cut", method, *flags)) == 130
+    with monkeypatch.context() as patch:
+        stepping(patch, interrupt)
+        assert train_tiny.main(arguments(base, tmp_path / "cut", method)) == 130
     assert "--resume" in capsys.readouterr().err
-    monkeypatch.setattr(train_tiny.Run, "train_step", original)
-    assert train_tiny.main(arguments(base, tmp_path / "cut", method, *flags, "--resume")) == 0
+    assert train_tiny.main(arguments(base, tmp_path / "cut", method, "--resume")) == 0
     assert result(tmp_path / "cut") == result(tmp_path / "whole")
 
 
@@ -1558,15 +1386,17 @@ def test_torchrun_trains_the_same_on_two_ranks_and_resumes(base, tmp_path, capsy
                                *arguments(base, *flags)], capture_output=True, text=True)
 
     one = tmp_path / "one"
-    assert train_tiny.main(arguments(base, one, "nalora", "--stride", "1")) == 0
-    run = torchrun(2, tmp_path / "two", "nalora", "--stride", "1")
+    assert train_tiny.main(arguments(base, one, "lora")) == 0
+    run = torchrun(2, tmp_path / "two", "lora")
     assert run.returncode == 0 and run.stdout.count("exact match") == 1, run.stderr
     ours, theirs = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (one, tmp_path / "two"))
     for key in ours:
         torch.testing.assert_close(theirs[key], ours[key], atol=1e-5, rtol=1e-4)
-    whole = result(tmp_path / "two")
-    (tmp_path / "two" / "summary.json").unlink()                    # as if cut before the end
-    assert torchrun(2, tmp_path / "two", "nalora", "--stride", "1", "--resume").returncode == 0 and result(tmp_path / "two") == whole
+    assert torchrun(2, tmp_path / "nalora", "nalora").returncode == 0
+    whole = result(tmp_path / "nalora")
+    for name in ("summary.json", "adapter/adapter_model.safetensors"):                      # as if cut before the end
+        (tmp_path / "nalora" / name).unlink()
+    assert torchrun(2, tmp_path / "nalora", "nalora", "--resume").returncode == 0 and result(tmp_path / "nalora") == whole
     refused = torchrun(2, tmp_path / "odd", "nalora", "--batch-size", "5")
     assert refused.returncode and refused.stderr.count("cannot be shared evenly by 2 ranks") == 1 and not (tmp_path / "odd").exists()
 
@@ -1575,9 +1405,13 @@ MORTAL = """import os, signal, sys, threading, train_tiny
 threading.Timer(float(sys.argv[1]), os.kill, (os.getpid(), signal.SIGKILL)).start()
 code = train_tiny.main(sys.argv[2:])
 os._exit(code)"""
+
+
 KILLS = int(os.environ.get("NALORA_KILLS", 3))                      # 30 before a release
+long = pytest.mark.skipif("NALORA_LONG" not in os.environ, reason="long: set NALORA_LONG=1, as CI does")
 
 
+@long
 @pytest.mark.parametrize("method", ["lora", "nalora"] if "NALORA_KILLS" in os.environ else ["nalora"])
 def test_kill_9_at_random_moments_and_resume_end_in_the_same_bits(base, tmp_path, method):
     flags = ["--steps", "60", "--eval-every", "1", "--test-size", "2"]
@@ -1596,10 +1430,11 @@ def test_kill_9_at_random_moments_and_resume_end_in_the_same_bits(base, tmp_path
         stages.append(sorted(p.name for p in out.rglob("*")) if out.exists() else [])
         assert train_tiny.main([*command, "--resume"]) == 0
         assert result(out) == whole, (moment, stages[-1])
-    assert any("checkpoint.safetensors" in stage for stage in stages) or KILLS < 10
+    if KILLS >= 10:
+        assert any("checkpoint.pt" in stage for stage in stages)
 
 
-@pytest.mark.parametrize("name", ["config.json", "checkpoint.safetensors", "metrics.jsonl", "adapter_model.safetensors", "nalora.json", "loss.png", "summary.json"])
+@pytest.mark.parametrize("name", ["config.json", "checkpoint.pt", "metrics.jsonl", "adapter_model.safetensors", "nalora.json", "loss.png", "summary.json"])
 @pytest.mark.parametrize("moment", ["before the write", "before the rename"])
 def test_a_death_while_a_file_is_written_costs_nothing(base, tmp_path, monkeypatch, name, moment):
     class Death(BaseException):
@@ -1626,23 +1461,21 @@ def test_a_death_while_a_file_is_written_costs_nothing(base, tmp_path, monkeypat
 def test_a_full_disk_keeps_the_last_good_checkpoint_and_says_so(base, tmp_path, monkeypatch, capsys):
     import resource
     assert train_tiny.main(arguments(base, tmp_path / "whole")) == 0
-    original = train_tiny.Run.train_step
 
-    def full_from_step_4(self, step):
+    def full_from_step_4(step):
         if step == 3:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
-        return original(self, step)
 
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     with monkeypatch.context() as patch:
-        patch.setattr(train_tiny.Run, "train_step", full_from_step_4)
+        stepping(patch, full_from_step_4)
         try:
             code = train_tiny.main(arguments(base, tmp_path / "cut"))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     error = capsys.readouterr().err
-    assert code == 2 and "checkpoint.safetensors cannot be written and is as it was before" in error and error.count("\n") == 1
-    assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == ["checkpoint.safetensors", "config.json", "metrics.jsonl"]
+    assert code == 2 and "checkpoint.pt cannot be written and is as it was before" in error and error.count("\n") == 1
+    assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == ["checkpoint.pt", "config.json", "metrics.jsonl"]
     assert train_tiny.main(arguments(base, tmp_path / "cut", "nalora", "--resume")) == 0
     assert result(tmp_path / "cut") == result(tmp_path / "whole")
 
@@ -1654,12 +1487,12 @@ def test_output_that_cannot_be_written_is_said_in_one_sentence(base, tmp_path, c
         assert train_tiny.main(arguments(base, out)) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and str(tmp_path / "file") in error
-    (tmp_path / "run" / "checkpoint.safetensors").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint.pt").mkdir(parents=True)
     assert train_tiny.main(arguments(base, tmp_path / "run", "nalora", "--resume")) == 2
     assert capsys.readouterr().err.count("\n") == 1
-    (tmp_path / "run" / "checkpoint.safetensors").rmdir()
+    (tmp_path / "run" / "checkpoint.pt").rmdir()
     (tmp_path / "run" / "config.json").unlink()
-    for name in ("config.json", "config.json.tmp", "checkpoint.safetensors.tmp"):           # links that lead out of --out are replaced, not followed
+    for name in ("config.json", "config.json.tmp", "checkpoint.pt.tmp"):           # links that lead out of --out are replaced, not followed
         (tmp_path / "run" / name).symlink_to(tmp_path / "elsewhere" if name.endswith("tmp") else tmp_path / "nowhere")
     assert train_tiny.main(arguments(base, tmp_path / "run", "nalora", "--resume")) == 0
     assert (tmp_path / "elsewhere").read_text() == "mine" and (tmp_path / "file").read_text() == "mine" and not (tmp_path / "nowhere").exists()
@@ -1669,7 +1502,7 @@ def test_another_number_of_threads_is_refused_with_its_reason(base, tmp_path, ca
     assert train_tiny.main(arguments(base, tmp_path / "run")) == 0
     (tmp_path / "run" / "summary.json").unlink()
     assert train_tiny.main([*arguments(base, tmp_path / "run", "nalora", "--resume"), "--threads", "2"]) == 2
-    assert "was trained with 1 threads, now there are 2" in capsys.readouterr().err
+    assert re.search("threads = 1, not 2: sums would be rounded .*--threads 1", capsys.readouterr().err)
     assert train_tiny.main(arguments(base, tmp_path / "run", "nalora", "--resume")) == 0
 
 
@@ -1678,14 +1511,12 @@ def test_another_number_of_threads_is_refused_with_its_reason(base, tmp_path, ca
 
 @pytest.mark.parametrize("flags, message", [
     ("--rank 0", "rank is 0"), ("--rank 33", "takes a whole number from 1 to"), ("--targets nothing", "matches no linear layer; there are"),
-    ("--targets q_proj", "No gated FFN"), ("--keep 0", "keep is 0"), ("--keep 1.01", "keep is 1.01"), ("--stride 0", "stride is 0"), ("--ema 1", "ema is 1"),
+    ("--targets q_proj", "No gated FFN"), ("--keep 0", "keep is 0"), ("--keep 1.01", "keep is 1.01"),
     ("--method lora --keep 0.5", "--keep has no effect with --method lora"), ("--method full --rank 4", "--rank has no effect"),
     ("--method pretrain --train-size 5", "--train-size has no effect"), ("--base nowhere", "nowhere/config.json cannot be read"), ("--steps 0", "--steps is 0"),
-    ("--lr -1", "--lr is -1"), ("--data nowhere", "nowhere"), ("--scale uniform --budget neutral", "exactly 1"), ("--batch-size -2", "--batch-size is -2"),
-    ("--seed -1", "negative"), ("--warmup nan", "--warmup is nan"), ("--alpha 0", "--alpha is 0"), ("--threads 0", "--threads is 0"), ("--threads 99999999999999", "--threads is 99999999999999"), (f"--seed {10**20}", "that large"), ("--mask none --keep 0.2", "--keep has no effect"),
-    ("--method random-mask --mask derivative", "--mask has no effect"), ("--method nalora-scale --score rho_prime", "--score has no effect"),
-    ("--optimizer sgd --beta1 0.5", "--beta1 has no effect"), ("--momentum 0.5", "--momentum has no effect"), ("--optimizer sgd --momentum 1", "--momentum is 1"),
-    ("--test-size -1", "--test-size is -1"), ("--method all --rank 0", "rank is 0"), ("--method all --targets q_proj", "No gated FFN"), ("--device mps", "--device mps is not available")])
+    ("--lr -1", "--lr is -1"), ("--data nowhere", "nowhere"), ("--batch-size -2", "--batch-size is -2"),
+    ("--seed -1", "negative"), ("--alpha 0", "--alpha is 0"), ("--threads 0", "--threads is 0"), ("--threads 99999999999999", "--threads is 99999999999999"), (f"--seed {10**20}", "that large"),
+    ("--test-size -1", "--test-size is -1"), ("--method all --rank 0", "rank is 0"), ("--method all --targets q_proj", "No gated FFN"), ("--device mps", "--device mps is not available"), ("--method nalora-scale --keep 0.2", "--keep has no effect")])
 def test_bad_flags(base, tmp_path, capsys, flags, message):
     given = arguments(base, tmp_path / "run", "nalora")
     if "--method pretrain" in flags:
@@ -1724,16 +1555,15 @@ def spoiled(whole, trace):
 def readers(folder, base):
     """{file: a function that reads it}: all that this program opens."""
     run, adapter = folder / "run", lambda: load_adapter(small_llama(), folder / "adapter")
-    config = json.loads((run / "config.json").read_text())
+    set_up = lambda: train_tiny.set_up(train_tiny.resolve(train_tiny.command_line().parse_args(arguments(base, run)), "nalora"))
     return {"adapter/adapter_model.safetensors": adapter, "adapter/adapter_config.json": adapter, "adapter/nalora.json": adapter,
             "base/model.safetensors": lambda: Llama.from_pretrained(folder / "base"), "base/config.json": lambda: Llama.from_pretrained(folder / "base"),
-            "base/model.safetensors.index.json": lambda: Llama.from_pretrained(folder / "base"),
             "data/tokenizer.tiktoken": lambda: train_tiny.load_tokenizer(folder / "data"), "data/train.jsonl": lambda: train_tiny.read_problems(folder / "data" / "train.jsonl"),
-            "run/checkpoint.safetensors": lambda: train_tiny.prepare(config, run, True), "run/config.json": lambda: train_tiny.load_checkpoint(run, config)}
+            "run/checkpoint.pt": lambda: train_tiny.load_checkpoint(set_up(), run), "run/config.json": lambda: train_tiny.load_checkpoint(set_up(), run)}
 
 
 FILES = ["adapter/adapter_model.safetensors", "adapter/adapter_config.json", "adapter/nalora.json", "base/model.safetensors", "base/config.json",
-         "base/model.safetensors.index.json", "data/tokenizer.tiktoken", "data/train.jsonl", "run/checkpoint.safetensors", "run/config.json"]
+         "data/tokenizer.tiktoken", "data/train.jsonl", "run/checkpoint.pt", "run/config.json"]
 
 
 @pytest.fixture(scope="session")
@@ -1751,9 +1581,6 @@ def intact(base, tmp_path_factory):
 def test_a_spoiled_file_is_refused_with_a_sentence_or_read_whole(intact, base, tmp_path, file):
     folder = tmp_path / "copy"
     shutil.copytree(intact, folder)
-    if file.endswith("index.json"):
-        (folder / "base" / "model.safetensors").rename(folder / "base" / "part.safetensors")
-        (folder / file).write_text(json.dumps({"weight_map": dict.fromkeys(load_file(folder / "base" / "part.safetensors"), "part.safetensors")}))
     read, path = readers(folder, base)[file], folder / file
     whole = path.read_bytes()
     read()
@@ -1774,7 +1601,7 @@ def test_a_spoiled_file_is_refused_with_a_sentence_or_read_whole(intact, base, t
         spoil()
         if path.is_symlink() and not path.exists() and (file.startswith("run") or file.endswith("nalora.json")):
             continue                                                # files that need not be there, and a circle of links is none
-        with pytest.raises(ValueError, match="cannot be read|holds no|no readable|lacks|as a tokenizer|no plain LoRA|names no shards"):
+        with pytest.raises(ValueError, match="cannot be read|holds no|is no checkpoint|holds a run|lacks|as a tokenizer|no plain LoRA|names no shards"):
             read()
     path.unlink()
     path.write_bytes(whole)
@@ -1803,21 +1630,16 @@ def test_what_is_no_run_is_said_in_one_sentence(intact, base, tmp_path, capsys):
     config = json.loads((intact / "run" / "config.json").read_text())
     for file, content, flags, message in (
             ("config.json", {"method": "lora", "data": "data"}, ["--sample"], "holds no run"), ("config.json", {**config, "method": "zzz"}, ["--sample"], "holds no run"),
-            ("config.json", {k: v for k, v in config.items() if k != "threads"}, ["--resume"], "None threads"), ("summary.json", {}, ["--resume"], "lacks arithmetic_accuracy"),
-            ("summary.json", {"val_loss": None}, ["--resume"], "lacks diverged")):
+            ("config.json", {k: v for k, v in config.items() if k != "threads"}, ["--resume"], "threads = None"), ("config.json", {k: v for k, v in config.items() if k != "data"}, ["--sample"], "holds no run")):
         shutil.copytree(intact / "run", run)
         if file == "config.json":
-            (run / "checkpoint.safetensors").unlink()               # it holds the configuration, too
+            (run / "checkpoint.pt").unlink()               # it holds the configuration, too
         (run / file).write_text(json.dumps(content))
         before = result(run)
         assert train_tiny.main([*arguments(base, run), *flags]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1 and result(run) == before
         shutil.rmtree(run)
-    (tmp_path / "results" / "x").mkdir(parents=True)
-    (tmp_path / "results" / "x" / "comparison.json").write_text("{}")
-    with pytest.raises(ValueError, match="no comparison of this program"):
-        train_tiny.report(tmp_path / "results", tmp_path / "README.md")
 
 
 def test_nothing_is_written_outside_out(base, tmp_path):
@@ -1835,7 +1657,7 @@ def test_nothing_is_written_outside_out(base, tmp_path):
 
 def test_memory_that_does_not_suffice_is_said(base, tmp_path, capsys, monkeypatch):
     for error in (MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000 bytes.\nmore")):
-        monkeypatch.setattr(train_tiny, "prepare", lambda *_: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(train_tiny, "set_up", lambda *_: (_ for _ in ()).throw(error))
         assert train_tiny.main(arguments(base, tmp_path / "out")) == 2
         said = capsys.readouterr().err
         assert "The memory does not suffice" in said and said.count("\n") == 1
@@ -1869,23 +1691,23 @@ def test_an_existing_run_is_not_overwritten_and_resume_checks_its_configuration(
     out = tmp_path / "run"
     assert train_tiny.main(arguments(base, out)) == 0
     before = result(out)
-    assert train_tiny.main(arguments(base, out)) == 2 and "already holds a run" in capsys.readouterr().err
-    for change, message in ((["--lr", "0.1"], "lr = 0.005, not 0.1"), (["--keep", "0.3"], "nalora = "), (["--method", "lora"], "not 'lora'")):
+    assert train_tiny.main(arguments(base, out)) == 2 and re.search("already holds a run.*--resume.*--out", capsys.readouterr().err)
+    for change, message in ((["--lr", "0.1"], "lr = 0.005, not 0.1"), (["--keep", "0.3"], "keep = 0.5, not 0.3"), (["--method", "lora"], "not 'lora'")):
         assert train_tiny.main([*arguments(base, out, "nalora", "--resume"), *change]) == 2
         assert message in capsys.readouterr().err
     assert result(out) == before
-    (out / "checkpoint.safetensors").write_bytes(b"\x00" * 50)
-    assert train_tiny.main(arguments(base, out, "nalora", "--resume")) == 2 and "no readable checkpoint" in capsys.readouterr().err
+    (out / "checkpoint.pt").write_bytes(b"\x00" * 50)
+    assert train_tiny.main(arguments(base, out, "nalora", "--resume")) == 2 and "is no checkpoint of this run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("every, stops_at, kept", [("1", "validation loss is not finite at step 4", 3), ("3", "gradient is not finite at step 5", 1)])
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(base, tmp_path, capsys, monkeypatch, every, stops_at, kept):
-    out, rate = tmp_path / "run", train_tiny.Run.learning_rate
-    monkeypatch.setattr(train_tiny.Run, "learning_rate", lambda self, step: 1e25 if step == 3 else rate(self, step))
+    out, rate = tmp_path / "run", train_tiny.schedule
+    monkeypatch.setattr(train_tiny, "schedule", lambda c, step: 1e28 if step == 3 else rate(c, step))
     assert train_tiny.main(arguments(base, out, "nalora", "--eval-every", every)) == 2 and stops_at in capsys.readouterr().err
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert len(records) == kept and math.isfinite(records[-1]["val_loss"]) and not (out / "summary.json").exists()
-    monkeypatch.setattr(train_tiny.Run, "learning_rate", rate)
+    assert len(records) == kept + 1 and math.isfinite(records[-1]["val_loss"]) and not (out / "summary.json").exists()
+    monkeypatch.setattr(train_tiny, "schedule", rate)
     assert train_tiny.main(arguments(base, out, "nalora", "--eval-every", every, "--resume")) == 0
 
 
@@ -1917,270 +1739,42 @@ def test_without_test_problems_only_the_validation_loss_is_measured(base, tmp_pa
     assert summary["test_exact_match"] is None and summary["arithmetic_accuracy"] is None and math.isfinite(summary["val_loss"])
 
 
-def test_the_figure_of_activations(tmp_path):
-    assert train_tiny.main(["--draw-activations", str(tmp_path / "f.png")]) == 0 and (tmp_path / "f.png").stat().st_size > 20000
+def figure_of(monkeypatch, draw, *args):
+    """The figure that draw(*args, path) would save."""
+    found = []
+    monkeypatch.setattr(train_tiny, "save_figure", lambda figure, path: found.append(figure))
+    draw(*args, Path("unused.png"))
+    return found[0]
 
 
-# ---- the comparison -----------------------------------------------------------------------------------------------------------------
+def test_the_figure_of_a_loss_shows_every_record(monkeypatch):
+    records = [{"step": 0, "val_loss": 2.5}, {"step": 10, "loss": 1.5, "val_loss": 1.0}, {"step": 20, "loss": 0.75, "val_loss": 0.5}]
+    other = [{**r, "val_loss": r["val_loss"] + 1} for r in records]
+    figure = figure_of(monkeypatch, train_tiny.draw_loss, {"lora": records, "nalora": other})
+    lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
+    assert list(lines["lora, validation"].get_xdata()) == [0, 10, 20] and list(lines["lora, validation"].get_ydata()) == [2.5, 1.0, 0.5]
+    assert list(lines["nalora, validation"].get_ydata()) == [3.5, 2.0, 1.5]
+    assert list(lines["lora, training"].get_xdata()) == [5, 15] and list(lines["lora, training"].get_ydata()) == [1.5, 0.75]
+    assert len({line.get_color() for line in lines.values()}) == 2 and figure.axes[0].get_legend()
 
 
-def test_bootstrap_interval():
-    assert train_tiny.bootstrap_interval([3, 3, 3]) == (3, 3)
-    assert train_tiny.bootstrap_interval([0, 1]) == (0, 1)          # both picks alike has probability 1/4 each: beyond 2.5 %
-    values = np.random.default_rng(1).normal(5, 2, 400)
-    low, high = train_tiny.bootstrap_interval(values)
-    half = 1.96 * values.std() / 20
-    assert abs(low - (values.mean() - half)) < 0.03 and abs(high - (values.mean() + half)) < 0.03
-    draws = np.random.default_rng(2).normal(0, 1, (300, 20))
-    covered = sum(low <= 0 <= high for low, high in map(train_tiny.bootstrap_interval, draws))
-    assert 0.86 < covered / 300 < 0.98                              # 95 % less what the percentile bootstrap loses at 20 values
-    for seeds, missed in ((3, 1 / 4), (5, 1 / 6)):                  # how often README says that a true null is called a difference
-        draws = np.random.default_rng(seeds).normal(0, 1, (1500, seeds))
-        assert sum(not low <= 0 <= high for low, high in map(train_tiny.bootstrap_interval, draws)) / 1500 == pytest.approx(missed, abs=0.03)
+def test_the_figure_of_a_run_shows_every_layer(monkeypatch):
+    layer = lambda x: {"k_hat": x, "occupancy": x / 2, "scale": 1 / x, "density": 0.5, "turnover": x / 4}
+    records = [{"step": 0, "val_loss": 1}] + [{"step": s, "layers": {"a": layer(1 + s / 100), "b": layer(1.2)}} for s in (10, 20)]
+    figure = figure_of(monkeypatch, train_tiny.draw_layers, records)
+    assert len(figure.axes) == 4 and len({ax.get_title() for ax in figure.axes}) == 4
+    for ax, key in zip(figure.axes, ("k_hat", "scale", "occupancy", "turnover")):
+        a, b = ax.get_lines()[:2]
+        assert list(a.get_xdata()) == [10, 20] and list(a.get_ydata()) == [layer(1.1)[key], layer(1.2)[key]] and set(b.get_ydata()) == {layer(1.2)[key]}
+        assert a.get_color() != b.get_color()
+        assert (len(ax.get_lines()) == 3) == (key in ("k_hat", "scale"))  # a line at 1
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["layer 0", "layer 1"]
 
 
-def test_differences_are_paired_by_seed():
-    theirs = {0: 10.0, 1: 500.0, 2: -30.0, 9: 1e6}
-    ours = {2: -30.5, 0: 9.5, 1: 499.5, 7: 0.0}
-    assert train_tiny.paired_difference(ours, theirs) == (-0.5, -0.5, -0.5, 3)
-    assert train_tiny.describe(ours, theirs, 1) == "-0.5 [-0.5, -0.5] lower in 3 of 3"
-    zero = dict.fromkeys(range(5), 0.0)
-    mixed = {0: 2.0, 1: 2.0, 2: 2.0, 3: 2.0, 4: -0.1}
-    assert train_tiny.describe(mixed, zero, 1).startswith("+1.6 [") and train_tiny.describe(mixed, zero, 1).endswith("] higher in 4 of 5")
-    assert train_tiny.describe({0: 2.0, 1: -1.0, 2: 0.0}, zero, 1).endswith("no difference seen")
-    with pytest.raises(ValueError, match="two seeds in common"):
-        train_tiny.paired_difference({0: 1.0}, theirs)
-
-
-def test_selection_measures_on_hand_made_gates():
-    act = lambda z: z * z                                           # its selection weight is rho(z) = z
-    z_base, w_base = torch.rand(50, 6) + 1, torch.randn(6, 4)
-    shift, other = torch.randn(50, 6), torch.randn(50, 6)
-    other -= (other * shift).sum() / (shift * shift).sum() * shift  # orthogonal to full fine-tuning's shift
-    other *= shift.norm() / other.norm()
-    delta = torch.eye(6, 4)
-    full, base = ({"ffn": z_base + shift}, {"ffn": w_base + delta}, {"ffn": act}), ({"ffn": z_base}, {"ffn": w_base}, {"ffn": act})
-    for z, w, misaligned, shift_cosine, weight_cosine in ((z_base + shift, w_base + 2 * delta, 0, 1, 1), (z_base + shift / 2, w_base - delta, 0.5, 1, -1),
-                                                          (z_base + other, w_base + delta.roll(2, 0), 2**0.5, 0, 0)):
-        found = train_tiny.selection_measures(({"ffn": z}, {"ffn": w}, {"ffn": act}), base, full)
-        assert found["misalignment"][0] == pytest.approx(selection_misalignment(act, z, z_base + shift, z_base).item(), abs=1e-5)
-        for column, expected in (("misalignment", misaligned), ("shift_cosine", shift_cosine), ("weight_cosine", weight_cosine), ("k_hat", 2)):
-            assert abs(found[column][0] - expected) < 1e-4, column
-    assert abs(train_tiny.selection_measures(base, base, full)["misalignment"][0] - 1) < 1e-5
-    assert set(train_tiny.selection_measures(base, base, None)) == {"entropy", "k_hat"}
-
-
-def test_gates_are_those_of_the_answer_tokens():
-    model, (tokens, targets) = small_llama().eval(), batch(0)
-    targets = targets.clone()
-    targets[:, :9] = -100
-    name = "model.layers.1.mlp"
-    inputs = []
-    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, x: inputs.append(x[0].detach()))
-    found = train_tiny.answer_gates(model, [(tokens, targets, None), (tokens[:1], targets[:1], None)])
-    handle.remove()
-    expected = [model.get_submodule(name).gate_proj(x[row, t]) for x in inputs for row in range(len(x)) for t in range(9, 15)]
-    torch.testing.assert_close(found[name], torch.stack(expected))
-    assert len(train_tiny.answer_gates(model, [(tokens, targets, None)], limit=10)[name]) == 8          # every third of 24
-    assert not any(m._forward_hooks for m in model.modules())
-
-
-def test_best_low_rank_change():
-    base, full = small_llama(0), small_llama(1)
-    gate = "model.layers.0.mlp.gate_proj"
-    delta = full.get_submodule(gate).weight - base.get_submodule(gate).weight
-    singular = torch.linalg.svdvals(delta)
-    model = train_tiny.truncated(full, base, ["gate_proj"], 3)
-    change = model.get_submodule(gate).weight - base.get_submodule(gate).weight
-    torch.testing.assert_close((change - delta).norm(), singular[3:].norm())                # Eckart and Young: no rank-3 matrix is nearer
-    assert torch.linalg.matrix_rank(change, rtol=1e-4) == 3
-    assert torch.equal(model.get_parameter("model.layers.0.mlp.up_proj.weight"), base.get_parameter("model.layers.0.mlp.up_proj.weight"))
-    torch.testing.assert_close(train_tiny.truncated(full, base, ["gate_proj"], None).get_submodule(gate).weight, full.get_submodule(gate).weight)
-
-
-def comparison_arguments(base, out, *more):
-    return ["--compare", "--base", str(base), "--out", str(out), "--test-size", "4", "--steps", "6", "--eval-every", "2", "--batch-size", "4", "--jobs", "1",
-            "--seeds", "0", "1", "--lrs", "1e-3", "1e-2", "--methods", "full", "lora", "nalora", "random-mask", *more]
-
-
-def without_timing(comparison):
-    rows = [{k: v for k, v in row.items() if k not in ("step_ms", "train_seconds", "peak_memory_mb")} for row in comparison["rows"]]
-    return {**comparison, "rows": rows, "step_time": sorted(comparison["step_time"])}
-
-
-@pytest.fixture(scope="session")
-def comparison(base, tmp_path_factory):
-    out = tmp_path_factory.mktemp("comparison") / "out"
-    assert train_tiny.main(comparison_arguments(base, out)) == 0
-    return out
-
-
-def test_compare_writes_tables_and_figures_and_repeats_nothing(base, comparison, capsys, monkeypatch):
-    result = json.loads((comparison / "comparison.json").read_text())
-    assert list(result["variants"]) == ["full", "lora", "nalora", "random-mask"] and len(result["rows"]) == 2 * 7
-    lora = [row for row in result["rows"] if row["variant"] == "lora"]
-    moved = {row["variant"]: row.get("rows_moved") for row in result["rows"]}
-    assert moved["full"] is None and moved["lora"] == 1 and moved["random-mask"] == 0.5 <= moved["nalora"] <= 1
-    assert [row["seed"] for row in lora] == [0, 1] and lora[0]["val_loss"] != lora[1]["val_loss"]
-    for column in (c for columns in train_tiny.COLUMNS.values() for c in columns):
-        assert all(math.isfinite(row[column]) for row in lora), column
-    assert all(row["misalignment"] == 0 for row in result["rows"] if row["variant"] == "full")
-    assert (comparison / "comparison.csv").read_text().count("\n") == 15
-    floor = [row for row in result["rows"] if row["variant"] == "full, another seed"]
-    assert len(floor) == 2 and all(row["misalignment"] > 0 for row in floor)
-    text = (comparison / "comparison.md").read_text()
-    assert "nalora - random-mask" in text and "nalora - lora" in text and re.search(r"\| lora \| 0\.01 \(highest\) \| \d\.\d{4} ± ", text)
-    for figure in ("differences", "alignment", "at_work", "training", "homogeneity"):
-        assert (comparison / f"{figure}.png").stat().st_size > 5000
-    monkeypatch.setattr(train_tiny, "execute", None)                # a run that is repeated would fail
-    assert train_tiny.main(comparison_arguments(base, comparison)) == 0 and "8 runs, 8 of them finished already" in capsys.readouterr().out
-    assert without_timing(json.loads((comparison / "comparison.json").read_text())) == without_timing(result)
-    assert train_tiny.main(comparison_arguments(base, comparison, "--batch-size", "5")) == 2 and "other settings" in capsys.readouterr().err
-
-
-def test_neighbours_are_compared_as_they_were_trained(base, tmp_path):
-    """What a comparison reloads of a neighbour is the model that was trained: its validation loss, its selection."""
-    methods = [*peers.PEERS, "nalora-dora"]
-    flags = [flag for flag in comparison_arguments(base, tmp_path, "--test-size", "0") if flag != "1e-2"]
-    assert train_tiny.main([*flags[:flags.index("--methods")], "--test-size", "0", "--methods", "full", "lora", "nalora", *methods]) == 0
-    result = json.loads((tmp_path / "comparison.json").read_text())
-    for method in methods:
-        out = next((tmp_path / re.sub(r"[^\w.-]", "-", method)).glob("*seed0"))
-        run = train_tiny.Run(json.loads((out / "config.json").read_text()))
-        row = next(row for row in result["rows"] if row["variant"] == method and row["seed"] == 0)
-        assert train_tiny.mean_loss(train_tiny.trained_model(out), run.validation) == pytest.approx(row["val_loss"], rel=1e-5)
-        assert 0 < row["misalignment"] < 3 and math.isfinite(row["shift_cosine"]) and row["weight_cosine"] * 0 == (math.nan if method == "nora" else 0) or method == "nora"
-    table = train_tiny.tables(result)["differences"]
-    assert "| nora - nalora |" in table and "| nalora-dora - dora |" in table and "| pissa - lora |" in table
-
-
-def test_a_killed_comparison_goes_on_to_the_same_result(base, comparison, tmp_path):
-    command = [sys.executable, str(HERE / "train_tiny.py"), *comparison_arguments(base, tmp_path / "out", "--jobs", "2")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=os.getcwd())
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "out").rglob("summary.json")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and not (tmp_path / "out" / "comparison.json").exists()
-    time.sleep(2)                                                   # the workers notice within half a second
-    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("summary.json")}
-    assert finished
-    assert train_tiny.main(comparison_arguments(base, tmp_path / "out")) == 0
-    assert all(path.stat().st_mtime_ns == t for path, t in finished.items())
-    ours, theirs = (without_timing(json.loads((folder / "comparison.json").read_text())) for folder in (tmp_path / "out", comparison))
-    assert ours == theirs
-
-
-def test_tuning_takes_the_lowest_loss_and_passes_over_what_diverges(base, tmp_path, capsys):
-    common = comparison_arguments(base, tmp_path / "out", "--methods", "lora", "--test-size", "0")
-    assert train_tiny.main([*common, "--lrs", "1e-2", "1e-5", "1e25"]) == 0
-    variant = json.loads((tmp_path / "out" / "comparison.json").read_text())["variants"]["lora"]
-    losses = dict(map(tuple, variant["tuning"]))
-    assert variant["lr"] == 0.01 and losses[0.01] < losses[1e-5] and losses[1e25] is None
-    assert train_tiny.main([*common, "--lrs", "1e25", "1e26"]) == 2 and "diverged at every learning rate" in capsys.readouterr().err
-
-
-def test_a_judged_run_that_diverges_is_told_and_left_out(base, tmp_path, monkeypatch):
-    """Of LoRA one seed of three, of full fine-tuning another: the rest of the comparison stands."""
-    execute = train_tiny.execute
-
-    def diverging(config, out, resume):
-        if (config["method"], config["seed"]) in (("lora", 1), ("full", 2)):
-            raise train_tiny.Diverged("not finite")
-        return execute(config, out, resume)
-
-    monkeypatch.setattr(train_tiny, "execute", diverging)
-    assert train_tiny.main(comparison_arguments(base, tmp_path, "--seeds", "0", "1", "2", "--lrs", "1e-3", "--test-size", "0")) == 0
-    result = json.loads((tmp_path / "comparison.json").read_text())
-    text = train_tiny.markdown(result)
-    assert "| lora (1 of 3 seeds diverged) |" in text and "| full (1 of 3 seeds diverged) |" in text and (tmp_path / "differences.png").exists()
-    assert sorted(train_tiny.by_seed(result, "lora", "val_loss")) == [0, 2] and sorted(train_tiny.by_seed(result, "nalora", "misalignment")) == [0, 1]
-    assert re.search(r"\| nalora - lora \| [+-]", text) and re.search(r"\| full - lora \| - \|", text)
-
-
-def test_variants_of_a_sweep(base):
-    args = train_tiny.command_line().parse_args(comparison_arguments(base, "out", "--sweep", "keep", "--methods", "lora", "nalora-mask:score=rho_prime"))
-    train_tiny.check_comparison(args)
-    variants = train_tiny.variants_of(args)
-    assert list(variants) == ["lora", *(f"nalora-mask:score=rho_prime,keep={k}" for k in (0.05, 0.1, 0.25, 0.5))] and variants["lora"]["value"] is None
-    for sweep, given, values in (("keep", ["0.2"], ["keep=0.2"]), ("rank", ["3", "4"], ["rank=3,alpha=6", "rank=4,alpha=8"])):
-        args.sweep, args.values = sweep, given
-        assert [v["value"] for v in train_tiny.variants_of(args).values() if v["method"] == "nalora-mask"] == values
-    config = train_tiny.configure(args, "nalora-mask:score=rho_prime,keep=0.1,targets=gate_proj+up_proj", lr=0.5, seed=3)
-    assert (config["nalora"]["score"], config["nalora"]["keep"], config["targets"], config["lr"], config["seed"]) == ("rho_prime", 0.1, ["gate_proj", "up_proj"], 0.5, 3)
-
-
-def test_what_a_variant_is_compared_with():
-    variants = {label: {"method": label.partition(":")[0], "changes": label.partition(":")[2], "value": None}
-                for label in ("full", "lora", "lora:rank=4", "nalora-mask:rank=4,keep=0.1", "random-mask:keep=0.5", "random-mask:rank=4,keep=0.1", "inverted-mask")}
-    find = lambda label: train_tiny.references({"variants": variants}, label)
-    assert find("nalora-mask:rank=4,keep=0.1") == ["lora", "lora:rank=4", "random-mask:rank=4,keep=0.1", "inverted-mask"]
-    assert find("lora") == [] and find("lora:rank=4") == ["lora"] and find("full") == ["lora", "lora:rank=4"]
-    swept = {f"{method}:keep={k}": {"method": method, "changes": f"keep={k}", "value": f"keep={k}"} for method in ("nalora-mask", "random-mask") for k in (0.1, 0.5)}
-    assert train_tiny.references({"variants": swept}, "nalora-mask:keep=0.5") == ["random-mask:keep=0.5"]
-    swept["nalora-mask:score=rho_prime,keep=0.5"] = {"method": "nalora-mask", "changes": "score=rho_prime,keep=0.5", "value": "keep=0.5"}
-    assert train_tiny.references({"variants": swept}, "nalora-mask:score=rho_prime,keep=0.5") == ["nalora-mask:keep=0.5", "random-mask:keep=0.5"]
-    for method in ("shuffled-mask", "inverted-mask"):               # these follow a score, so only their own is matched
-        swept[f"{method}:keep=0.5"] = {"method": method, "changes": "keep=0.5", "value": "keep=0.5"}
-    matched = {"nalora-mask:keep=0.5", "random-mask:keep=0.5"}
-    assert set(train_tiny.references({"variants": swept}, "nalora-mask:score=rho_prime,keep=0.5")) == matched
-    swept["shuffled-mask:score=rho_prime,keep=0.5"] = {"method": "shuffled-mask", "changes": "score=rho_prime,keep=0.5", "value": "keep=0.5"}
-    assert set(train_tiny.references({"variants": swept}, "nalora-mask:score=rho_prime,keep=0.5")) == matched | {"shuffled-mask:score=rho_prime,keep=0.5"}
-    assert train_tiny.references({"variants": swept}, "nalora-mask:keep=0.5")[0] == "shuffled-mask:keep=0.5"
-
-
-def test_the_table_of_sweeps():
-    def sweep(base, optimizer, **runs):
-        variants = {"lora": {"method": "lora", "spec": "lora", "changes": "", "value": None},
-                    **{f"{method}:keep={k}": {"method": method, "spec": method, "changes": f"keep={k}", "value": f"keep={k}"}
-                       for method in ("nalora-mask", "random-mask") for k in (0.1, 0.5)}}
-        return {"variants": variants, "base": {"path": base}, "configuration": {"optimizer": optimizer}, "rows": [
-            {"variant": label.replace("_", "-").replace("--", ":keep=0."), "seed": seed, "val_loss": loss} for label, losses in runs.items() for seed, loss in enumerate(losses)]}
-    toy = sweep("/somewhere/data/base", "adamw", lora=[1, 1, 1], nalora_mask__1=[2, 3, 4], nalora_mask__5=[0.5, 2, 1], random_mask__1=[1, 4, 3.5])
-    real = sweep("smollm2", "sgd", lora=[1, 1, 1], nalora_mask__5=[1.5, 1.5, 1])
-    assert train_tiny.sweep_table([toy, real], "val_loss") == "\n".join([
-        "|  | toy, AdamW 0.1 | toy, AdamW 0.5 | smollm2, SGD 0.5 |", "| --- | --- | --- | --- |",
-        "| nalora-mask - lora | **+2.0000** | (+0.1667) | (+0.3333) |", "| nalora-mask - random-mask | (+0.1667) |  |  |", "| random-mask - lora | (+1.8333) |  |  |"])
-
-
-@pytest.mark.parametrize("flags, message", [
-    ("--methods ia3", "'ia3' names no method"), ("--methods pretrain", "names no method"), ("--methods lora lora", "twice"), ("--seeds 100", "must differ"),
-    ("--jobs 0", "--jobs is 0"), ("--lr 0.1", "use --lrs"), ("--seed 3", "use --seeds"), ("--resume", "always goes on"), ("--methods nalora:keep=2", "keep is 2"),
-    ("--methods lora:rank=0", "rank is 0"), ("--methods lora:rank", "expected one argument"), ("--methods lora:keep=0.1", "is the same run as 'lora'"),
-    ("--methods lora:seed=3", "'seed' is not among"), ("--methods lora:help", "'help' is not among"), ("--methods lora:data=../x", "'data' is not among"),
-    ("--sweep rank --values x", "ranks are whole numbers"), ("--sweep keep --values x", "invalid float"), ("--methods nalora:stride=99999999999", "stride is 99999999999"), ("--lrs -1 -2", "--lr is -1"), ("--values 0.1", "name it with --sweep")])
-def test_bad_comparison_flags(base, tmp_path, capsys, flags, message):
-    assert train_tiny.main(comparison_arguments(base, tmp_path / "out", *flags.split())) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
-
-
-# ---- README.md ----------------------------------------------------------------------------------------------------------------------
+# ---- README.md ----
 
 README = (HERE / "README.md").read_text(encoding="utf-8")
-
-
 OWN_MODEL = README.split("## On your own model")[1].split("\n## ")[0]
-
-
-def test_the_benchmark_measures_the_same_work(base, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train_tiny, "in_new_process", lambda function, *args: function(*args))
-    monkeypatch.setattr(train_tiny.importlib.util, "find_spec", lambda name: None)          # PEFT's turn is in the interoperability tests
-    flags = ["--bench", "--base", str(base), "--threads", "1", "--test-size", "2", "--batch-size", "4", "--out", str(tmp_path)]
-    assert train_tiny.main([*flags, "--steps", "1"]) == 2 and "two rounds" in capsys.readouterr().err
-    assert train_tiny.main([*flags, "--steps", "3"]) == 0
-    b = json.loads((tmp_path / "bench.json").read_text())
-    rows = {row["name"]: row for row in b["rows"]}
-    assert list(rows) == ["full", "lora", "nalora"] and rows["lora"]["ratio"] == [1, 1, 1]
-    assert len({f"{row['first_loss']:.4f}" for row in rows.values()}) == 1                   # B = 0: the base model's loss on the same batch
-    assert all(0 < row["share_of_matmul_peak"] < 1 and row["step_ms"][0] <= row["step_ms"][2] and row["peak_memory_mb"][0] > 50 for row in rows.values())
-    assert all(s["lora"] > 0 and s["nalora"] > 0 for s in b["sizes"]) and b["generation_seconds"] > 0 and 0.5 < sum(b["profile"]["nalora"].values()) <= 1
-    for table in train_tiny.bench_tables(b).values():
-        assert table in (tmp_path / "bench.md").read_text()
-    (tmp_path / "results").mkdir()
-    tmp_path.joinpath("bench.json").rename(tmp_path / "results" / "bench.json")
-    text = "<!-- sizes of results -->\nold\n<!-- end -->"
-    assert train_tiny.bench_tables(b)["sizes"] in train_tiny.with_tables(text, tmp_path)
 
 
 def test_the_snippets_of_the_readme_run(tmp_path, monkeypatch, capsys):
@@ -2193,32 +1787,17 @@ def test_the_snippets_of_the_readme_run(tmp_path, monkeypatch, capsys):
     assert load_adapter(Llama.from_pretrained(HERE / "data" / "base"), tmp_path / "runs" / "snippet")
 
 
-def test_the_tables_of_the_readme_are_those_of_the_results():
-    assert train_tiny.with_tables(README, HERE / "results") == README
-    tables = [HERE / "results" / name / "comparison.md" for names in re.findall(r"<!-- \w+ of ([\w -]+) -->", README) for name in names.split() if not name.startswith("bench")]
-    assert tables
-    for path in tables:
-        assert path.read_text(encoding="utf-8") == train_tiny.markdown(json.loads(path.with_suffix(".json").read_text())), path
-    everything = {path.parent.name: path.read_text(encoding="utf-8") for path in (HERE / "results").glob("*/comparison.md")}
-    for section in re.split(r"\n##+ ", README):                     # an interval stands in a table of a comparison that its section names, if it names one
-        named = [text for name, text in everything.items() if re.search(rf"results/{name}(?![\w-])", section)] or everything.values()
-        for interval in re.findall(r"[+-]\d\.\d+ \[[^]]*\d\]", section):
-            assert any(interval in text for text in named), f"{interval} is in no table of results/ that {section.splitlines()[0]!r} names"
-
-
 def test_the_readme_names_what_exists():
     for name in re.findall(r"`(test_\w+)`", README):
         assert name in globals(), name
-    for name in re.findall(r"`([a-z_]+|NALoRA[A-Za-z._]*|LoRALinear)`", README.split("| equation |")[1].split("\n\n")[0]):
-        assert hasattr(nalora, name.split(".")[0]) or name in globals(), name
     parser = train_tiny.command_line()
     for command in re.findall(r"python train_tiny.py ([^#`\n]*)", README):
         parser.parse_args(shlex.split(command.replace("--help", "")))
-    for path in re.findall(r"\]\((?!http|#)([^)]+)\)", README):
+    for path in re.findall(r"\]\((?!http|#)([^)#]+)", README):
         assert (HERE / path).exists(), path
 
 
-# ---- interoperability: collected only where transformers, peft and accelerate are installed (.ci/run installs them last) --------------
+# ---- interoperability: collected only where transformers, peft and accelerate are installed (.ci/run installs them last) ----
 
 if all(importlib.util.find_spec(name) for name in ("transformers", "peft", "accelerate")):
 
@@ -2294,50 +1873,6 @@ if all(importlib.util.find_spec(name) for name in ("transformers", "peft", "acce
         for name, p in pairs.items():
             torch.testing.assert_close(ours.get_parameter(name), p, atol=1e-5, rtol=1e-4)
 
-    @pytest.mark.parametrize("peer, flags", [("dora", {"use_dora": True}), ("rslora", {"use_rslora": True}), ("lora+", {}), ("pissa", {"init_lora_weights": "pissa"})])
-    def test_interop_twenty_steps_of_a_neighbour_agree_with_peft(tmp_path, peer, flags):
-        from peft import LoraConfig, PeftModel, get_peft_model
-        from peft.optimizers import create_loraplus_optimizer
-        from transformers import AutoModelForCausalLM
-        small_llama().save_pretrained(tmp_path)
-        targets = ["q_proj", *FFN]
-        ours = peer_llama(peer, targets=targets, wake=False)
-        hf = lambda: AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-        theirs = get_peft_model(hf(), LoraConfig(r=4, lora_alpha=8, target_modules=targets, **flags))
-        name_there = lambda name: "base_model.model." + re.sub(r"(lora_[AB]|magnitude_vector)(\.default)?$", lambda m: f"{m[1]}.default.weight", name)
-        pairs = {name: theirs.get_parameter(name_there(name)) for name in snapshot(ours)}
-        for name, p in pairs.items():
-            if peer == "pissa":                                     # their own start: the product is ours up to the signs of singular vectors
-                continue
-            p.data.copy_(ours.get_parameter(name))
-        if peer == "pissa":
-            for name in [name.removesuffix(".lora_A") for name in pairs if name.endswith("lora_A")]:
-                torch.testing.assert_close(ours.get_parameter(f"{name}.lora_B") @ ours.get_parameter(f"{name}.lora_A"),
-                                           pairs[f"{name}.lora_B"] @ pairs[f"{name}.lora_A"], atol=1e-4, rtol=1e-3)
-                ours.get_parameter(f"{name}.lora_A").data.copy_(pairs[f"{name}.lora_A"])
-                ours.get_parameter(f"{name}.lora_B").data.copy_(pairs[f"{name}.lora_B"])
-        opt = torch.optim.AdamW(peers.lora_plus_groups(ours, 1e-3) if peer == "lora+" else peers.learnt(ours).values(), lr=1e-3)
-        their_opt = torch.optim.AdamW(pairs.values(), lr=1e-3)
-        if peer == "lora+":
-            their_opt = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16, loraplus_weight_decay=0.01)
-        for i in range(20):
-            take_step(ours, opt, i)
-            tokens, targets = batch(i)
-            F.cross_entropy(theirs(tokens).logits.flatten(0, 1), targets.flatten()).backward()
-            their_opt.step(), their_opt.zero_grad()
-        for name, p in pairs.items():
-            torch.testing.assert_close(ours.get_parameter(name), p, atol=2e-5, rtol=1e-3)
-        peers.save_adapter(ours, tmp_path / "adapter", base_model=str(tmp_path))
-        loaded, tokens = PeftModel.from_pretrained(hf(), tmp_path / "adapter"), batch(9)[0]
-        torch.testing.assert_close(loaded(tokens).logits, ours(tokens)[0], atol=1e-4, rtol=1e-3)
-
-    def test_interop_the_benchmark_gives_peft_the_same_work(base):
-        config = train_tiny.resolve(train_tiny.command_line().parse_args(arguments(base, "out")), "lora")
-        ours, theirs = train_tiny.Run(config), train_tiny.PeftRun(config)
-        assert sum(p.numel() for p in theirs.trainable) == sum(p.numel() for p in ours.trainable.values())
-        (loss, count), (their_loss, their_count) = ours.train_step(0), theirs.train_step(0)
-        assert loss == pytest.approx(their_loss, rel=1e-5) and count == their_count
-
     def test_interop_a_checkpoint_with_its_own_tokenizer(tmp_path, capsys):
         from tokenizers import Tokenizer, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
@@ -2352,12 +1887,10 @@ if all(importlib.util.find_spec(name) for name in ("transformers", "peft", "acce
         again = train_tiny.tokenizer_of(tmp_path / "base", HERE / "data")
         ids, prompt = train_tiny.encode_problem(again, SPLITS["val"][0])
         assert ids[-1] == again.eot_token == 2 and again.decode(ids[prompt:-1]).replace(" ", "") == SPLITS["val"][0]["completion"].replace(" ", "")
-        out = tmp_path / "compared"
-        assert train_tiny.main([*comparison_arguments(tmp_path / "base", out), "--train-size", "20", "--methods", "full", "lora", "--lrs", "1e-2"]) == 0
-        assert json.loads((out / "comparison.json").read_text())["base"]["text_loss"] < math.log(128) + 0.1       # of text that the base wrote
 
     TINY = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0,
                 bos_token_id=1, eos_token_id=2, max_position_embeddings=64)
+
     FAMILIES = {"Llama": {}, "Mistral": {}, "Qwen2": {}, "Qwen3": {"head_dim": 8}, "Gemma": {"head_dim": 8}, "Gemma2": {"head_dim": 8}, "SmolLM3": {}}
 
     def family(name, seed=0):
@@ -2552,7 +2085,8 @@ if all(importlib.util.find_spec(name) for name in ("transformers", "peft", "acce
             """Unpacked by the README's recipe, read by both from the same directory."""
             from transformers import AutoModelForCausalLM, AutoTokenizer
             monkeypatch.chdir(tmp_path)
-            exec(re.search(r"<<'EOF'\n(.*?)\nEOF", README, re.S)[1], {})
+            recipe = (HERE / "evidence" / "README.md").read_text(encoding="utf-8")
+            exec(re.search(r"<<'EOF'\n(.*?)\nEOF", recipe, re.S)[1], {})
             theirs, tokenizer = AutoModelForCausalLM.from_pretrained("smollm2", dtype=torch.float32).eval(), AutoTokenizer.from_pretrained("smollm2")
             ours = Llama.from_pretrained("smollm2").eval()
             tokens = torch.tensor([tokenizer.encode(README[:2000])])

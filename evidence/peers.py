@@ -1,0 +1,623 @@
+"""The neighbours of NA-LoRA in one file, each as short as its idea: NoRA and NoRA++, LoRAN with
+Sinter, DoRA, rsLoRA, LoRA+ and PiSSA.
+
+THREE WAYS TO BRING NONLINEARITY IN. A gated FFN computes phi(W_gate x) * (W_up x), and LoRA adds a
+linear update to the weights.
+
+    mask the gate's update     NA-LoRA (nalora.py): B_gate's step is put back where phi' is small
+    adapt the gate's function  NoRA: phi becomes a trainable rational function, the weights stay
+    bend the update            LoRAN: W + (alpha / rank) f(B A) with an elementwise f
+
+and four variants of LoRA that NA-LoRA should be measured against. With s = alpha / rank,
+A (rank, in), B (out, rank), B = 0 at the start:
+
+    NoRA    phi(z) + R(z; a, b) - R(z; a0, b0) with R = P / Q, P = sum_{i=0..5} a_i z^i,
+            Q = 1 + |sum_{j=1..4} b_j z^j|; a = a0 + s B_a A_a, b = b0 + s B_b A_b over 8 groups of
+            channels; (a0, b0) fitted to phi; rank 3, alpha 6                     arXiv 2509.13240
+    NoRA++  NoRA and LoRA together                                                arXiv 2509.13240
+    LoRAN   W + s f(B A), Sinter f(w) = w + 5e-5 w sin(1e4 w)                     arXiv 2509.21870
+    DoRA    m (W + s B A) / ||W + s B A||: one norm and one m per output, m trained from ||W||,
+            the norm without gradient                                             arXiv 2402.09353
+    rsLoRA  s = alpha / sqrt(rank)                                                arXiv 2312.03732
+    LoRA+   B learns faster than A, here 16 times                                 arXiv 2402.12354
+    PiSSA   A and B start as the leading singular directions of W, W as the rest  arXiv 2404.02948
+
+HOW SURE ARE WE? DoRA, rsLoRA, LoRA+ and PiSSA agree with PEFT over twenty steps (tests). LoRAN's f,
+its constants and its place, on the product before s, are those of the authors' released code
+(github.com/liyinqiao2012/PEFT-LoRAN), whose dropout of 0.2 on the input is left out. With these
+constants it is close to LoRA: no entry is bent by more than 5e-5 of itself, its gradient by a
+factor within 1 +- 0.5 |w|. NoRA follows its abstract and the settings reported for it; a public
+layer of that name agrees in degrees, rank, alpha, separate pairs for numerator and denominator, A
+drawn and B = 0, but we could not establish that it is the authors'. Ours is the residual form: put
+in the place of phi, R would change the base model by its misfit before anything is learnt;
+phi + R - R0 starts as an exact no-op and has the same parameters. Also ours: the absolute value of
+the sum in Q (public kernels sum absolute values), the fit, and that all groups start alike. NoRA
+moves phi(0), too, so rho = phi / z has a pole there; where selection is measured,
+phi(z) - phi(0) takes its place. On top of DoRA NA-LoRA masks B_gate, not the magnitudes m.
+"""
+
+import copy
+import math
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import nalora
+import train_tiny
+from nalora import (
+    LoRALinear,
+    NALoRA,
+    NALoRAConfig,
+    is_gated_ffn,
+    read_json,
+    read_tensors,
+    widen,
+    write_json,
+    write_tensors,
+)
+
+PEERS = ("nora", "nora++", "loran", "dora", "rslora", "lora+", "pissa")
+
+# ---- 1. Linear layers whose update is not simply B A ---------------------------------------------
+
+
+class PeerLinear(nn.Module):
+    """Takes over the frozen layer and the pair of a LoRALinear and keeps the pair the way PEFT
+    does: NALoRA finds it there, and nalora.merge_lora, which would merge it wrongly, does not."""
+
+    active_adapters = ("default",)
+
+    def __init__(self, lora):
+        super().__init__()
+        self.base_layer, self.rank, self.alpha, self.scaling = (
+            lora.base_layer,
+            lora.rank,
+            lora.alpha,
+            lora.scaling,
+        )
+        self.lora_A, self.lora_B = (
+            nn.ParameterDict({"default": lora.lora_A}),
+            nn.ParameterDict({"default": lora.lora_B}),
+        )
+
+    def update(self, x):
+        """(alpha / rank) B A x, (..., out), as LoRALinear computes it."""
+        low = (
+            F.linear(x.to(self.lora_A["default"].dtype), self.lora_A["default"]) * self.scaling
+        )  # (..., rank)
+        return low @ self.lora_B["default"].t().contiguous()
+
+    def product(self):
+        """B A (out, in), in the parameters' own precision even under autocast."""
+        with torch.autocast(self.base_layer.weight.device.type, enabled=False):
+            return self.lora_B["default"] @ self.lora_A["default"]
+
+
+class LoRANLinear(PeerLinear):
+    """y = base_layer(x) + (alpha / rank) f(B A) x with f(w) = w + amplitude w sin(frequency w),
+    elementwise. amplitude 0 is LoRA bit for bit."""
+
+    def __init__(self, lora, amplitude=5e-5, frequency=1e4):
+        super().__init__(lora)
+        self.amplitude, self.frequency = amplitude, frequency
+
+    def bend(self):
+        """f(B A) - B A, (out, in)."""
+        w = self.product()
+        return self.amplitude * w * torch.sin(self.frequency * w)
+
+    def forward(self, x):  # (..., in)
+        y, update = self.base_layer(x), self.update(x)  # (..., out)
+        if self.amplitude:
+            update = update + F.linear(
+                x.to(self.lora_A["default"].dtype), self.scaling * self.bend()
+            )
+        return y + update.to(y.dtype)
+
+    def merged(self):
+        return widen(self.base_layer.weight) + self.scaling * (self.product() + self.bend())
+
+
+class DoRALinear(PeerLinear):
+    """y = (m / ||W + (alpha / rank) B A||) (W + (alpha / rank) B A) x + bias: row directions by
+    LoRA, row lengths m (out,) by themselves."""
+
+    def __init__(self, lora):
+        super().__init__(lora)
+        self.lora_magnitude_vector = nn.ParameterDict({"default": nn.Parameter(self.norm())})
+
+    @torch.no_grad()
+    def norm(self):
+        """||W + (alpha / rank) B A|| of each row, (out,), a constant for the gradient (section 4.3
+        of the paper). A row of zeros divides by something."""
+        weight = widen(self.base_layer.weight) + self.scaling * self.product()
+        return weight.norm(dim=1).clamp_min(torch.finfo(weight.dtype).tiny)
+
+    def forward(self, x):  # (..., in)
+        y = F.linear(x, self.base_layer.weight)  # (..., out)
+        y = (
+            (y + self.update(x).to(y.dtype)) * (self.lora_magnitude_vector["default"] / self.norm())
+        ).to(y.dtype)
+        return y if self.base_layer.bias is None else y + self.base_layer.bias
+
+    def merged(self):
+        weight = widen(self.base_layer.weight) + self.scaling * self.product()
+        return weight * (self.lora_magnitude_vector["default"] / self.norm())[:, None]
+
+
+# ---- 2. An activation that learns ----------------------------------------------------------------
+
+
+def rational(z, a, b):
+    """P(z) / Q(z) of z (..., F) with coefficients a (6, F) or (6, 1) of P, lowest degree first, and
+    b (4, F) or (4, 1) of Q, degree 1 first. Q >= 1, so there is no pole. z is held within +-1e4,
+    where z^5 still fits into float32."""
+    z = widen(z).clamp(-1e4, 1e4)
+    p, q = a[-1], b[-1]
+    for i in range(len(a) - 2, -1, -1):
+        p = p * z + a[i]
+    for j in range(len(b) - 2, -1, -1):
+        q = q * z + b[j]
+    return p / (1 + (q * z).abs())
+
+
+def fit_rational(act, points=2001, rounds=30):
+    """(a (6,), b (4,), the largest error) in float64, such that P/Q is act on [-8, 8]: least
+    squares of P - act (Q - 1) = act, each point weighted by the last 1 / Q. For SiLU, GELU and
+    QuickGELU the error is below 2e-3 (test)."""
+    z = torch.linspace(-8, 8, points, dtype=torch.float64)
+    y = (copy.deepcopy(act).cpu().double() if isinstance(act, nn.Module) else act)(z).detach()
+    powers = torch.stack([z**i for i in range(6)], 1)  # (points, 6)
+    weight, best = torch.ones_like(z), (math.inf, None, None)
+    for _ in range(rounds):
+        # Q is taken as 1 + sum, without the absolute value, while fitting; a fit with a sign change
+        # in the sum shows in the error
+        design = (
+            torch.cat([powers, -y[:, None] * powers[:, 1:5]], 1) * weight[:, None]
+        )  # (points, 10)
+        solution = torch.linalg.lstsq(design, (y * weight)[:, None]).solution[:, 0]
+        a, b = solution[:6], solution[6:]
+        error = (rational(z, a[:, None], b[:, None]) - y).abs().max().item()
+        best = min(best, (error, a, b), key=lambda fit: fit[0])
+        weight = 1 / (1 + (powers[:, 1:5] @ b).abs())
+    return best[1], best[2], best[0]
+
+
+class RationalActivation(nn.Module):
+    """phi(z) + R(z; a, b) - R(z; a0, b0): at the start phi, bit for bit. Channels are cut into
+    `groups` runs with coefficients of their own. act: the model's activation; channels: F.
+    ValueError unless 1 <= groups <= channels and rank is at least 1."""
+
+    def __init__(self, act, channels, groups=8, rank=3, alpha=6, device=None):
+        super().__init__()
+        if not (1 <= groups <= channels and rank >= 1):
+            raise ValueError(
+                f"{channels} channels cannot be cut into {groups} groups of rank {rank}: give 1 <= "
+                "groups <= channels and a rank of at least 1."
+            )
+        self.act, self.scaling = act, alpha / rank
+        *coefficients, self.fit_error = fit_rational(act)
+        for part, fitted in zip(("numerator", "denominator"), coefficients):
+            self.register_buffer(
+                part, fitted.float().to(device), persistent=False
+            )  # made anew from phi, never saved
+            A, B = (
+                torch.empty(rank, len(fitted), device=device),
+                torch.zeros(groups, rank, device=device),
+            )
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+            self.register_parameter(f"nora_A_{part}", nn.Parameter(A))
+            self.register_parameter(f"nora_B_{part}", nn.Parameter(B))
+        self.register_buffer(
+            "group", torch.arange(channels, device=device) * groups // channels, persistent=False
+        )  # (F,)
+
+    def coefficients(self, part):
+        """Of every channel, (6, F) or (4, F)."""
+        A, B = getattr(self, f"nora_A_{part}"), getattr(self, f"nora_B_{part}")
+        return (getattr(self, part) + self.scaling * (B @ A)).t()[:, self.group]
+
+    def forward(self, z):  # (..., F)
+        if z.size(-1) != len(self.group):
+            raise ValueError(
+                f"This activation has coefficients for {len(self.group)} channels, and z has "
+                f"{z.size(-1)}: what asks an activation about single values, as NA-LoRA does, does "
+                "not go with NoRA."
+            )
+        start = rational(z, self.numerator[:, None], self.denominator[:, None])
+        moved = (
+            rational(z, self.coefficients("numerator"), self.coefficients("denominator")) - start
+        )
+        return self.act(z) + moved.to(z.dtype)
+
+
+# ---- 3. Into a model and out of it ---------------------------------------------------------------
+
+
+def inject(model, peer, targets=(), rank=8, alpha=16):
+    """Puts a neighbour into the model, freezes all else and returns the names of what it changed.
+    Do it when the model is on its device. targets, rank, alpha: of its LoRA part, as in
+    nalora.inject_lora; NoRA has none. ValueError, with nothing changed, for a name that is not in
+    PEERS, a model that carries LoRA or a neighbour already, values that make no sense, and what the
+    neighbour cannot be put into."""
+    if peer not in PEERS:
+        raise ValueError(f"There is no neighbour {peer!r}: choose among {', '.join(PEERS)}.")
+    if carries(model):
+        raise ValueError(
+            "This model carries LoRA or a neighbour already: start from the base model."
+        )
+    if not (
+        type(rank) is int and rank >= 1 and isinstance(alpha, (int, float)) and 0 < alpha < 1e12
+    ):
+        raise ValueError(
+            f"rank is {rank!r} and alpha {alpha!r}: give a whole number of at least 1 and a number "
+            "above zero."
+        )
+    ffns = {name: m for name, m in model.named_modules() if "nora" in peer and is_gated_ffn(m)}
+    if "nora" in peer and not ffns:
+        raise ValueError("NoRA adapts the activation of gated FFNs, and this model has none.")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    try:
+        adapted = {
+            f"{name}.{place_of_activation(ffn)}": rational_activation(ffn)
+            for name, ffn in ffns.items()
+        }
+        names = (
+            []
+            if peer == "nora"
+            else nalora.inject_lora(
+                model, targets, rank, alpha * math.sqrt(rank) if peer == "rslora" else alpha
+            )
+        )
+        model.requires_grad_(False)
+        for name, act in adapted.items():
+            ffn, _, place = name.rpartition(".")
+            setattr(model.get_submodule(ffn), place, act)
+        if peer == "pissa":
+            for name in names:
+                start_from_singular_directions(model, name)
+        if peer in ("loran", "dora"):
+            for name in names:
+                model.set_submodule(
+                    name,
+                    (LoRANLinear if peer == "loran" else DoRALinear)(model.get_submodule(name)),
+                )
+        for p in learnt(model).values():
+            p.requires_grad_()
+    except (ValueError, RuntimeError):  # such as a singular value decomposition that fails
+        unload(model, trained)
+        raise
+    return names + list(adapted)
+
+
+def place_of_activation(ffn):
+    """The attribute that holds an FFN's activation."""
+    return next(
+        name
+        for name in ("act_fn", "activation_fn", "act", "intermediate_act_fn", "activation")
+        if callable(getattr(ffn, name, None))
+    )
+
+
+def rational_activation(ffn):
+    weight = ffn.gate_proj.weight  # (F, hidden)
+    return RationalActivation(nalora.activation(ffn), len(weight), device=weight.device)
+
+
+@torch.no_grad()
+def start_from_singular_directions(model, name):
+    """PiSSA: W = U S V; A = sqrt(S_r / s) V_r, B = U_r sqrt(S_r / s), and the frozen layer becomes
+    W - s B A. The pretrained layer is kept aside, at the cost of its memory. ValueError if it
+    cannot be split or the result, LoRA of twice the rank, could not be saved."""
+    lora = model.get_submodule(name)
+    base, weight = lora.base_layer, lora.base_layer.weight
+    if (
+        not weight.is_floating_point()
+        or not weight.isfinite().all()
+        or owners(model)[id(weight)] > 1
+    ):
+        raise ValueError(
+            f"The weight of {name} is quantized, not finite or tied to another layer: PiSSA cannot "
+            "split it."
+        )
+    if 2 * lora.rank > min(weight.shape):
+        raise ValueError(
+            f"PiSSA of rank {lora.rank} is saved as LoRA of rank {2 * lora.rank}, more than {name} "
+            f"of shape {tuple(weight.shape)} can take: give a smaller rank."
+        )
+    u, singular, v = torch.linalg.svd(widen(weight), full_matrices=False)
+    root = (singular[: lora.rank] / lora.scaling).sqrt()
+    lora.lora_A.copy_(root[:, None] * v[: lora.rank])
+    lora.lora_B.copy_(u[:, : lora.rank] * root)
+    lora.pretrained = (
+        base,
+        lora.lora_A.clone(),
+        lora.lora_B.clone(),
+    )  # in a tuple: no part of the model
+    lora.base_layer = copy.copy(base)
+    lora.base_layer._parameters = {
+        **base._parameters,
+        "weight": nn.Parameter(
+            (widen(weight) - lora.scaling * (lora.lora_B @ lora.lora_A)).to(weight.dtype),
+            requires_grad=False,
+        ),
+    }
+
+
+def carries(model):
+    """Whether there is LoRA, ours or PEFT's, or a neighbour in the model."""
+    return any(hasattr(m, "lora_A") or isinstance(m, RationalActivation) for m in model.modules())
+
+
+def owners(model):
+    """{id of a parameter: how many modules hold it}."""
+    return Counter(id(p) for m in model.modules() for p in m._parameters.values())
+
+
+def learnt(model):
+    """{name: parameter} of what the neighbour trains, frozen or not."""
+    layers = {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, (PeerLinear, LoRALinear, RationalActivation))
+    }
+    return {
+        f"{name}.{part}": p
+        for name, m in layers.items()
+        for part, p in m.named_parameters()
+        if part.startswith(("lora_", "nora_"))
+    }
+
+
+def lora_plus_groups(model, lr, ratio=16):
+    """LoRA+ for any torch optimizer: [{"params": the As, "lr": lr}, {"params": the Bs, "lr": ratio
+    lr}]."""
+    parts = learnt(model)
+    return [
+        {
+            "params": [p for name, p in parts.items() if ("lora_B" in name) == fast],
+            "lr": lr * (ratio if fast else 1),
+        }
+        for fast in (False, True)
+    ]
+
+
+@torch.no_grad()
+def merge(model):
+    """Folds the neighbour into the weights, rounded once to their dtype, and returns the names of
+    the layers. ValueError, with nothing changed, for NoRA, which needs its activation at inference,
+    where there is nothing to merge, and for weights that are quantized, tied or not loaded."""
+    if any(isinstance(m, RationalActivation) for m in model.modules()):
+        raise ValueError(
+            "NoRA has changed the activation, which no weight can express: it cannot be merged; "
+            "save_adapter keeps it."
+        )
+    layers, held = (
+        {name: m for name, m in model.named_modules() if isinstance(m, PeerLinear)},
+        owners(model),
+    )
+    if not layers:
+        return nalora.merge_lora(model)
+    for name, layer in layers.items():
+        weight = layer.base_layer.weight
+        if weight.is_meta or not weight.is_floating_point() or held[id(weight)] > 1:
+            raise ValueError(
+                f"The weight of {name} is quantized, not loaded or tied to another layer: it "
+                "cannot be merged."
+            )
+    for name, layer in layers.items():
+        layer.base_layer.weight.copy_(layer.merged())
+        model.set_submodule(name, layer.base_layer)
+    return list(layers)
+
+
+def unload(model, trained=()):
+    """The pretrained model again, whatever was learnt, all of it frozen but `trained`."""
+    for name, m in list(model.named_modules()):
+        if isinstance(m, (PeerLinear, LoRALinear)):
+            model.set_submodule(name, getattr(m, "pretrained", (m.base_layer,))[0])
+        if isinstance(m, RationalActivation):
+            ffn, _, place = name.rpartition(".")
+            delattr(
+                model.get_submodule(ffn), place
+            )  # a module's place does not take a plain function
+            setattr(model.get_submodule(ffn), place, m.act)
+    model.requires_grad_(False)
+    for p in trained:
+        p.requires_grad_()
+
+
+def save_adapter(model, directory, base_model=None, settings=None):
+    """Writes what was learnt, and removes from the folder what an adapter of another kind left
+    there. ValueError if there is nothing. rsLoRA, LoRA+ and PiSSA become plain LoRA, by
+    nalora.save_adapter (PiSSA at twice the rank, s (B A - B0 A0), since the base is the pretrained
+    one; exact in float32); DoRA PEFT's two files; NoRA, NoRA++ and LoRAN, which PEFT does not know,
+    peers.safetensors and peers.json."""
+    directory, parts = Path(directory), dict(model.named_modules())
+    peers, nora = (
+        [m for m in parts.values() if isinstance(m, PeerLinear)],
+        [name for name, m in parts.items() if isinstance(m, RationalActivation)],
+    )
+    if not peers and not nora:
+        save_plain(model, directory, base_model, settings)
+        clear(directory, "peers.json", "peers.safetensors")
+        return
+    loras = {name: m for name, m in parts.items() if isinstance(m, (PeerLinear, LoRALinear))}
+    first, tensors = (
+        next(iter(loras.values()), None),
+        {name: p.detach() for name, p in learnt(model).items()},
+    )
+    gates = {
+        name.rpartition(".")[0] + ".gate_proj": parts[name.rpartition(".")[0] + ".gate_proj"]
+        for name in nora
+    }
+    base = nalora.fingerprint(
+        {name: getattr(m, "base_layer", m) for name, m in {**gates, **loras}.items()}
+    )
+    if isinstance(first, DoRALinear):
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base_model,
+            "r": first.rank,
+            "lora_alpha": first.alpha,
+            "target_modules": list(loras),
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "use_dora": True,
+            "inference_mode": True,
+        }
+        write_tensors(
+            directory / "adapter_model.safetensors",
+            {dora_key(name): t for name, t in tensors.items()},
+        )
+        write_json(directory / "adapter_config.json", config)
+        write_json(directory / "nalora.json", {"settings": settings, "base": base})
+        clear(directory, "peers.json", "peers.safetensors")
+        return
+    write_tensors(directory / "peers.safetensors", tensors)
+    write_json(
+        directory / "peers.json",
+        {
+            "peer": ("nora++" if loras else "nora") if nora else "loran",
+            "targets": list(loras),
+            "rank": first.rank if first else 1,
+            "alpha": first.alpha if first else 1,
+            "settings": settings,
+            "base": base,
+        },
+    )
+    clear(directory, "adapter_model.safetensors", "adapter_config.json", "nalora.json")
+
+
+def clear(directory, *names):
+    for name in names:
+        (directory / name).unlink(missing_ok=True)
+
+
+def dora_key(name):
+    """PEFT's name in a file of one of our parameters: without the adapter's name, the pair with
+    .weight."""
+    return (
+        "base_model.model." + name.removesuffix(".default") + ".weight" * ("magnitude" not in name)
+    )
+
+
+def save_plain(model, directory, base_model, settings):
+    """nalora.save_adapter, with PiSSA's layers replaced meanwhile by LoRALinears of twice the rank
+    on the pretrained layers."""
+    pissa = {name: m for name, m in model.named_modules() if hasattr(m, "pretrained")}
+    with torch.random.fork_rng(devices=[]):  # their initialisation shall not be noticed
+        plain = {name: as_plain_lora(m) for name, m in pissa.items()}
+    try:
+        for name, m in plain.items():
+            model.set_submodule(name, m)
+        nalora.save_adapter(model, directory, base_model, settings)
+    finally:
+        for name, m in pissa.items():
+            model.set_submodule(name, m)
+
+
+def as_plain_lora(pissa):
+    base, A, B = pissa.pretrained
+    plain = LoRALinear(base, 2 * pissa.rank, 2 * pissa.alpha)
+    plain.lora_A.data, plain.lora_B.data = (
+        torch.cat([pissa.lora_A.data, A]),
+        torch.cat([pissa.lora_B.data, -B], 1),
+    )
+    return plain
+
+
+def load_adapter(model, directory):
+    """Loads what save_adapter wrote, or PEFT for LoRA and DoRA, into the pretrained model. Returns
+    the names of what it changed. ValueError, with nothing changed, if it is broken or another
+    model's, or the model carries a neighbour."""
+    directory, config = Path(directory), {}
+    if any(
+        isinstance(m, (PeerLinear, RationalActivation)) or hasattr(m, "pretrained")
+        for m in model.modules()
+    ):
+        raise ValueError("This model carries a neighbour already: load into the base model.")
+    if (directory / "peers.json").exists():
+        kept, tensors = (
+            read_json(directory / "peers.json"),
+            read_tensors(directory / "peers.safetensors"),
+        )
+        peer, names, rank, alpha, base = (
+            kept.get(k) for k in ("peer", "targets", "rank", "alpha", "base")
+        )
+    else:
+        config = read_json(directory / "adapter_config.json")
+        if not config.get("use_dora"):
+            return nalora.load_adapter(model, directory)
+        tensors, peer = read_tensors(directory / "adapter_model.safetensors"), "dora"
+        rank, alpha = nalora.plain_rank_and_alpha(directory, {**config, "use_dora": False})
+        names = [
+            key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            for key in tensors
+            if key.endswith(".lora_A.weight")
+        ]
+        base = (
+            read_json(directory / "nalora.json").get("base")
+            if (directory / "nalora.json").exists()
+            else {}
+        )
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    if not (
+        isinstance(names, list)
+        and all(isinstance(name, str) for name in names)
+        and isinstance(base, dict)
+        and {*names, *base} <= set(linears)
+    ) or peer not in ("nora", "nora++", "loran", "dora"):
+        raise ValueError(
+            f"The adapter in {directory} does not fit this model: other module names, so another "
+            "base, or it is broken."
+        )
+    here = nalora.fingerprint({name: linears[name] for name in base})
+    if not all(
+        isinstance(norm, float) and math.isclose(norm, here[name], rel_tol=0.01)
+        for name, norm in base.items()
+    ):
+        raise ValueError(
+            f"The adapter in {directory} was trained on another base model: the weights differ "
+            "from those of this one."
+        )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    changed = inject(model, peer, names, rank, alpha)
+    here = {dora_key(name) if peer == "dora" else name: p for name, p in learnt(model).items()}
+    if {k: v.shape for k, v in here.items()} != {k: v.shape for k, v in tensors.items()}:
+        unload(model, trained)
+        raise ValueError(
+            f"The adapter in {directory} does not fit this model: other names or shapes than its "
+            "settings say."
+        )
+    with torch.no_grad():
+        for name, p in here.items():
+            p.copy_(tensors[name])
+    return changed
+
+
+# ---- 4. Methods of train_tiny.py -----------------------------------------------------------------
+
+def method(peer, on_top=None):
+    """The method that trains a neighbour; on_top: what is put on its optimizer, such as NA-LoRA."""
+
+    def train(model, c):
+        inject(model, peer, c.targets, c.rank, c.alpha)
+        groups = [p for p in model.parameters() if p.requires_grad]
+        if peer == "lora+":
+            groups = lora_plus_groups(model, c.lr)
+        optimizer = train_tiny.make_optimizer(groups, c)
+        if on_top:
+            on_top(model, optimizer, NALoRAConfig(keep=c.keep, ema=c.ema, stride=c.stride))
+        return optimizer
+
+    return train
+
+
+METHODS = {peer: method(peer) for peer in PEERS} | {
+    f"nalora-{peer}": method(peer, NALoRA) for peer in ("rslora", "lora+", "dora", "pissa")
+}
