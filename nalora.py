@@ -12,9 +12,8 @@ LoRA treats its update as a change of features, yet it also changes which channe
 the paper calls this selection misalignment. The second term over the first is kappa(z) - 1, where
 kappa = z phi' / phi is the local degree of homogeneity (Euler: phi(t z) = t^k phi(z) for all t > 0
 exactly when z phi' = k phi). Where kappa > 1 selection amplifies the move, where kappa < 1 it
-opposes it. Where kappa = 1 (linear; ReLU away from 0) it stands still to first order.
-NA-LoRA lets phi' and kappa steer the training of an ordinary LoRA adapter. It adds no loss, no
-parameter, and nothing at inference.
+opposes it. Where kappa = 1 (linear; ReLU away from 0) it stands still to first order. NA-LoRA lets
+phi' and kappa steer the training of a LoRA adapter; it adds no loss, parameter or inference cost.
 
 USE IT. One line turns a LoRA loop into an NA-LoRA loop:
 
@@ -57,9 +56,8 @@ Why is I averaged over steps and k_hat not? The mask shall not flicker; the scal
 Which settings are LoRA bit for bit? Scale off, together with mask off or keep = 1.
 
 GLOSSARY. name in the code: symbol, meaning
-    z, act             z, phi  gate pre-activation; elementwise activation (SiLU in Llama)
+    z, act, slope      z, phi, phi'  gate pre-activation; activation (SiLU in Llama); its derivative
     selection_weight   rho     phi(z) / z, the weight that z is given; SiLU: sigmoid(z)
-    slope              phi'    derivative, by autograd
     homogeneity        kappa   z phi' / phi = 1 + z rho' / rho; SiLU: 1 + z (1 - sigmoid(z))
     k_hat              -       effective homogeneity: the degree that fits an FFN best
     occupancy          p       share of z > 0; for SiLU and GELU kappa > 1 exactly there
@@ -153,11 +151,6 @@ def observe(act, z, weight):
     finite = (score.sum(-1) + sum(sums[1:])).isfinite()  # (...)
     return GateSums(*choose(finite, sums, map(torch.zeros_like, sums)))
 
-def effective_homogeneity(act, z):
-    """k_hat of gates z (..., F) over all tokens and channels, 0-dim."""
-    z = z.reshape(-1, z.size(-1))
-    return observe(act, z, z.new_ones(len(z))).k_hat()
-
 def importance_mask(importance, keep):
     """Bool (..., F): the ceil(keep F) channels of largest importance (..., F), lower index first
     among equals. ValueError unless 0 < keep <= 1."""
@@ -202,8 +195,7 @@ def decide(state, sums, config):
     return State(*choose(sums.tokens > 0, new, state))
 
 def correct(before, after, factor):
-    """blend(before, after, factor): `factor` times the step. 0 and 1 give the ends bit for bit,
-    a factor above 1 goes beyond `after`."""
+    """blend(before, after, factor), exact at 0 and 1; a factor above 1 goes beyond `after`."""
     return torch.lerp(widen(before), widen(after), factor)
 
 # ---- NALoRA: hooks around observe, decide and correct. FFNs of one width stand stacked (N, F) ----
@@ -226,9 +218,7 @@ class NALoRA:
         self._stacks = stack_ffns(model, gate)
         self._steered = [p for stack in self._stacks for p, _, _ in stack.steered]
         check_optimizer(self._optimizer, self._steered)
-        self._adapters = self._active()
         self._before = None
-        self._version = None  # of a parameter after its last gradient
         self._steps = 0
         self._handles = []
         if self.config.mask == self.config.scale == "none":
@@ -238,15 +228,16 @@ class NALoRA:
             for i, layer in enumerate(stack.gates):
                 self._handles.append(layer.register_forward_hook(partial(hook, stack, i)))
         self._handles += [self._optimizer.register_step_pre_hook(self._before_step),
-                          self._optimizer.register_step_post_hook(self._after_step),
-                          self._steered[0].register_post_accumulate_grad_hook(self._after_grad)]
+                          self._optimizer.register_step_post_hook(self._after_step)]
+        self._watch = Watch(self._stacks[0].gates[0], self._steered[0], self._handles)
         self._optimizer.nalora = self
 
     def _after_gate(self, stack, i, gate, inputs, z):
         """Forward hook of gate i of a stack: keeps a sample of z. Evaluation leaves no trace."""
         if gate.training and torch.is_grad_enabled():
             check_token_mask(self.token_mask, z)
-            self._warn()
+            if self._before is None:  # else a closure runs inside the step
+                self._watch.look()
             if i in stack.samples:  # another microbatch has begun
                 self._add_up()
             every = self._every(stack.seen, i, z.shape[:-1].numel())
@@ -267,13 +258,10 @@ class NALoRA:
         """Adds the sums of the last forward pass to those of the step, a stack at a time."""
         for stack in self._stacks:
             if stack.samples:
-                none = [t[:0] for t in next(iter(stack.samples.values()))]
-                samples = [stack.samples.get(i, none) for i in range(len(stack.gates))]
-                z, weight = (pad_sequence(ts, batch_first=True) for ts in zip(*samples))
+                z, weight = stack.take_samples()  # (N, T, F), (N, T)
                 # gradient checkpointing, which may recompute right now, shall not record this
                 with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, Tensor.detach):
-                    stack.sums = stack.sums + self._observe(stack, z, weight)  # z (N, T, F)
-                stack.samples = {}
+                    stack.sums = stack.sums + self._observe(stack, z, weight)
 
     def _before_step(self, optimizer, args, kwargs):
         self._before = [p.detach().clone() for p in self._steered]
@@ -284,8 +272,6 @@ class NALoRA:
         skipped = getattr(optimizer, "found_inf", None)  # a fused optimizer under GradScaler
         if skipped is None or not skipped.item():
             self._add_up()
-            if not any(stack.seen for stack in self._stacks):
-                warnings.warn("NALoRA saw no gate before this step: is the model in train() mode?")
             sum_over_ranks(self._stacks)
             self._decide()
             self._steps += 1
@@ -296,7 +282,7 @@ class NALoRA:
             for p, i, is_gate_B in stack.steered:
                 p.copy_(correct(next(before), p, rows[i] if is_gate_B else scales[i]))
         self._before = None
-        self._version = None
+        self._watch.version = None
 
     # What a variant overrides: what is summed, what is decided, what a step is multiplied by.
 
@@ -311,7 +297,7 @@ class NALoRA:
         """(N, F, 1) for the rows of B_gate, (N,) for every other A and B."""
         return (state.scale[:, None] * state.mask)[..., None], state.scale
 
-    # Skip on first reading: looking in, keeping the state, taking it off, warning.
+    # Skip on first reading: looking in, keeping the state, taking it off.
 
     def statistics(self):
         """{FFN name: {"importance" (F,), "mask" (F,) bool, "k_hat", "occupancy", "scale": floats}}
@@ -328,11 +314,7 @@ class NALoRA:
     def load_state_dict(self, state):
         """Goes on from a `state_dict`. ValueError, with nothing changed, if it is of another
         configuration or model."""
-        refuse(state["config"] != asdict(self.config), f"This NALoRA state was made with "
-               f"{state['config']}, not with {asdict(self.config)}.")
-        here = {name: shapes(ffn) for name, ffn in self.state_dict()["ffns"].items()}
-        refuse({name: shapes(ffn) for name, ffn in state["ffns"].items()} != here,
-               "This NALoRA state was made on another model: names or widths of its FFNs differ.")
+        check_state(state, self.state_dict())
         self._steps = state["steps"]
         for stack in self._stacks:
             for i, name in enumerate(stack.names):
@@ -345,23 +327,6 @@ class NALoRA:
             self._handles.pop().remove()
         if getattr(self._optimizer, "nalora", None) is self:
             del self._optimizer.nalora
-
-    def _active(self):
-        return [id(p) for pair in lora_pairs(self._stacks[0].gates[0]) for p in pair]
-
-    def _after_grad(self, parameter):
-        self._version = parameter._version
-
-    def _warn(self):
-        """At a forward pass: somebody stepped without our hooks, or trains another adapter."""
-        if self._version not in (None, self._steered[0]._version) and self._before is None:
-            self._version = None
-            warnings.warn("The LoRA parameters moved, but NALoRA's hooks were not called: make it "
-                          "with the optimizer whose step() runs (and remove() any earlier one).")
-        if self._adapters != self._active():
-            self._adapters = self._active()
-            warnings.warn("Other adapters are active than when this NALoRA was made, and they "
-                          "train as plain LoRA: remove() it and make a new one.")
 
 # ---- Part II: LoRA, and the Llama it is shown on, with Hugging Face's names ----------------------
 
@@ -605,6 +570,11 @@ class Llama(nn.Module):
 
 # ---- Part III: wiring and files ------------------------------------------------------------------
 
+def effective_homogeneity(act, z):
+    """k_hat of gates z (..., F) over all tokens and channels, 0-dim."""
+    z = z.reshape(-1, z.size(-1))
+    return observe(act, z, z.new_ones(len(z))).k_hat()
+
 def refuse(wrong, message):
     if wrong:
         raise ValueError(message)
@@ -649,6 +619,13 @@ class Stack:
         self.seen = {}  # {i: tokens since the last step}
         score = torch.zeros_like(self.state.importance)  # (N, F)
         self.sums = GateSums(score, *score.new_zeros(4, len(score)))
+
+    def take_samples(self):
+        """Those of one pass, padded with weight 0 where an FFN saw fewer tokens, or none."""
+        nothing = [t[:0] for t in next(iter(self.samples.values()))]
+        samples = [self.samples.get(i, nothing) for i in range(len(self.gates))]
+        self.samples = {}
+        return [pad_sequence(tensors, batch_first=True) for tensors in zip(*samples)]
 
 def stack_ffns(model, gate):
     """Stacks of all FFNs whose gate carries LoRA. ValueError, with the reason, if there is none."""
@@ -729,6 +706,8 @@ def check_token_mask(mask, z):
 
 def sum_over_ranks(stacks):
     """Adds the sums of all ranks of torch.distributed, so that they decide alike."""
+    if not any(stack.seen for stack in stacks):
+        warnings.warn("NALoRA saw no gate before this step: is the model in train() mode?")
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         parts = [t for stack in stacks for t in stack.sums]
         flat = torch.cat([t.flatten().to(parts[0].device) for t in parts])
@@ -736,6 +715,39 @@ def sum_over_ranks(stacks):
         total = iter(flat.split([t.numel() for t in parts]))
         for stack in stacks:
             stack.sums = GateSums(*(next(total).view_as(t).to(t) for t in stack.sums))
+
+class Watch:
+    """Warns when training goes past NALoRA: a step without its hooks, or another adapter."""
+
+    def __init__(self, gate, parameter, handles):
+        self.gate = gate
+        self.parameter = parameter
+        self.version = None  # of the parameter after its last gradient; None: it just stepped
+        self.adapters = self.active()
+        handles.append(parameter.register_post_accumulate_grad_hook(self.after_grad))
+
+    def active(self):
+        return [id(p) for pair in lora_pairs(self.gate) for p in pair]
+
+    def after_grad(self, parameter):
+        self.version = parameter._version
+
+    def look(self):
+        if self.version not in (None, self.parameter._version):
+            self.version = None
+            warnings.warn("The LoRA parameters moved, but NALoRA's hooks were not called: make it "
+                          "with the optimizer whose step() runs (and remove() any earlier one).")
+        if self.adapters != self.active():
+            self.adapters = self.active()
+            warnings.warn("Other adapters are active than when this NALoRA was made, and they "
+                          "train as plain LoRA: remove() it and make a new one.")
+
+def check_state(saved, here):
+    refuse(saved["config"] != here["config"],
+           f"This NALoRA state was made with {saved['config']}, not with {here['config']}.")
+    widths = [{name: shapes(ffn) for name, ffn in d["ffns"].items()} for d in (saved, here)]
+    refuse(widths[0] != widths[1], "This NALoRA state was made on another model: names or widths "
+           "of its FFNs differ.")
 
 def inject_lora(model, targets, rank=8, alpha=16):
     """Puts a LoRALinear in the place of every nn.Linear that `targets` name, freezes all else and

@@ -80,7 +80,7 @@ def own(scales):
 
 
 def mean_of_all(scales):
-    return scales.mean().expand_as(scales)
+    return scales.mean().expand_as(scales).clone()
 
 
 SCALES = {"homogeneity": own, "uniform": mean_of_all, "none": torch.ones_like}
