@@ -39,8 +39,7 @@ STYLES = {
 
 
 def draw_comparison(comparison, folder, anew=False):
-    """The figures that comparison.json alone determines; anew: only those that the folder has
-    already."""
+    """All figures of a comparison; anew: only those that the folder has already."""
     rows = comparison["rows"]
     figures = {
         "sweep.png": (lambda c, path: draw_sweeps([c], path), comparison["sweep"]),
@@ -63,6 +62,43 @@ def draw_comparison(comparison, folder, anew=False):
     for name, (draw, possible) in figures.items():
         if possible and (not anew or (folder / name).exists()):
             draw(comparison, folder / name)
+
+
+WORDS = {
+    "full": "full fine-tuning",
+    "lora": "LoRA",
+    "nalora": "NA-LoRA",
+    "nalora-neutral": "NA-LoRA, mean step kept",
+    "nalora-mask": "mask alone",
+    "nalora-scale": "scale alone",
+    "nalora-shuffled": "NA-LoRA, mask on other rows",
+    "shuffled-mask": "mask on other rows",
+    "random-mask": "fixed random rows",
+    "redrawn-mask": "random rows, redrawn",
+    "inverted-mask": "least responsive rows",
+    "uniform-scale": "mean scale for all",
+    "random-uniform": "random rows, mean scale",
+    "nora": "NoRA",
+    "nora++": "NoRA++",
+    "loran": "LoRAN",
+    "dora": "DoRA",
+    "rslora": "rsLoRA",
+    "lora+": "LoRA+",
+    "pissa": "PiSSA",
+    "score=rho_prime": "by |ρ'|",
+    "score=downstream": "by |φ'u| and W_down",
+    "mask=redrawn": "random rows, redrawn",
+}
+
+
+def in_words(label):
+    """What a figure calls a variant: "nalora-mask:score=rho_prime" is "mask alone, by |ρ'|"."""
+    method, _, flags = label.partition(":")
+    base = method.removeprefix("nalora-")
+    known = WORDS.get(method) or (f"NA-LoRA on {WORDS[base]}" if base in WORDS else method)
+    if method == "nalora-mask" and "score=" not in flags:
+        known += ", by |φ'|"
+    return ", ".join([known, *(WORDS.get(f, f.replace("=", " ")) for f in flags.split(",") if f)])
 
 
 def styles(labels):
@@ -113,7 +149,7 @@ def draw_alignment(comparison, path):
             "color": colour,
             "marker": marker,
             "linestyle": "",
-            "label": label,
+            "label": in_words(label),
             "markersize": 9 if "full, " in label else 5,
         }
         weight, shift, missed = (
@@ -162,7 +198,7 @@ def draw_training(comparison, path):
             )
         ax.axhline(1, color="0.7", lw=0.8, zorder=0)
         ax.set(xlabel="step", ylabel=title)
-    axes[0].set_title(label)
+    axes[0].set_title(in_words(label))
     axes[1].legend(
         frameon=False,
         loc="center left",
@@ -204,7 +240,7 @@ def draw_homogeneity(comparisons, path):
                     markersize=7 if label == "lora" else 4,
                     markerfacecolor="none",
                     lw=1,
-                    label=label,
+                    label=in_words(label),
                 )  # drawn over each other where they agree
         ax.axhline(1, color="0.7", lw=0.8, zorder=0)
         ax.set(xlabel="layer", ylabel="effective homogeneity k_hat", title=base_name(comparison))
@@ -222,6 +258,7 @@ def draw_differences(comparison, path):
     for ax, (column, (title, digits)) in zip(axes, columns.items()):
         lora = by_seed(comparison, "lora", column)
         unit = " nats" if "loss" in column else ""
+        better = "better →" if column in HIGHER_IS_BETTER else "← better"
         own = {label: by_seed(comparison, label, column) for label in labels}
         if column == "misalignment":  # full fine-tuning is its reference
             own |= {
@@ -267,10 +304,11 @@ def draw_differences(comparison, path):
                 markersize=4,
             )
         ax.axvline(0, color="0.6", lw=0.8, zorder=0)
-        ax.set_yticks(range(len(labels)), labels if ax is axes[0] else [""] * len(labels))
+        words = [in_words(label) if ax is axes[0] else "" for label in labels]
+        ax.set_yticks(range(len(labels)), words)
         ax.set_title(title)
         ax.set_xlabel(
-            f"minus LoRA's ({statistics.mean(lora.values()):.{digits}f}{unit})",
+            f"minus LoRA's ({statistics.mean(lora.values()):.{digits}f}{unit})\n{better}",
             fontsize="small",
         )
         ax.set_ylim(-0.7, len(labels) - 0.5)
@@ -301,7 +339,8 @@ def draw_sweeps(comparisons, path):
             ax.remove()
         for ax, (comparison, column) in zip(axes, panels):
             draw_curves(ax, comparison, look, column)
-            ax.set(title=sweep_title(comparison))
+            what = "loss" if column == "val_loss" else "M"
+            ax.set(title=f"{what} ({sweep_title(comparison)})")
             handles |= {label: handle for handle, label in zip(*ax.get_legend_handles_labels())}
         figure.legend(
             handles.values(), handles, loc="outside lower center", ncols=columns + 1, frameon=False
@@ -329,7 +368,7 @@ def draw_curves(ax, comparison, look, column="val_loss"):
             np.array([np.std(x, ddof=1) if len(x) > 1 else 0 for x in seen]),
         )
         if comparison["variants"][labels[0]]["value"] is None:
-            ax.axhline(means[0], linestyle="--", color=colour, label=method)
+            ax.axhline(means[0], linestyle="--", color=colour, label=in_words(method))
             ax.axhspan(
                 means[0] - deviations[0], means[0] + deviations[0], color=colour, alpha=0.2, lw=0
             )
@@ -340,7 +379,7 @@ def draw_curves(ax, comparison, look, column="val_loss"):
                 yerr=deviations,
                 fmt=marker,
                 color=colour,
-                label=method,
+                label=in_words(method),
                 markersize=4,
                 capsize=3,
             )
@@ -351,7 +390,7 @@ def draw_curves(ax, comparison, look, column="val_loss"):
                 "-",
                 marker=marker,
                 color=colour,
-                label=method,
+                label=in_words(method),
                 markersize=4,
             )
             ax.fill_between(
@@ -401,7 +440,7 @@ def draw_at_work(traces, keep, path):
                     ".",
                     color=colour,
                     markersize=2.5,
-                    label=method,
+                    label=in_words(method),
                 )
         bottom.set(xlabel="gate channel, sorted", ylim=(0, None))
     axes[0][0].set_ylabel("gate channel, sorted")

@@ -551,15 +551,23 @@ def test_the_figure_of_differences(monkeypatch):
                 colour = "#999999" if low <= 0 <= high else "#0072B2" if better else "#D55E00"
                 assert means[y].get_color() == colour
                 colours.add(colour)
+        better = "better →" if column in paired.HIGHER_IS_BETTER else "← better"
+        assert ax.get_xlabel().endswith(better)
         assert means and ax.get_title() == paired.DIFFERENCES[column][0]
-    assert len(colours) == 3 and [t.get_text() for t in figure.axes[0].get_yticklabels()] == labels
+    assert len(colours) == 3 and [t.get_text() for t in figure.axes[0].get_yticklabels()] == [figures.in_words(label) for label in labels]
+
+
+def test_figures_speak_in_words():
+    assert figures.in_words("nalora-mask:score=rho_prime") == "mask alone, by |ρ'|"
+    assert figures.in_words("nalora-dora") == "NA-LoRA on DoRA" and figures.in_words("lora:rank=2,alpha=4") == "LoRA, rank 2, alpha 4"
+    assert all(figures.in_words(method) != method for method in compare.METHODS)
 
 
 def test_the_figure_of_a_sweep(monkeypatch):
     sweep = committed("keep-adamw")
     figure = figure_of(monkeypatch, lambda path: figures.draw_sweeps([sweep], path))
     ax = figure.axes[0]
-    line = next(line for line in ax.get_lines() if line.get_label() == "nalora-mask")
+    line = next(line for line in ax.get_lines() if line.get_label() == "mask alone, by |φ'|")
     expected = [np.mean(list(paired.by_seed(sweep, f"nalora-mask:keep={k}", "val_loss").values())) for k in (0.05, 0.1, 0.25, 0.5)]
     np.testing.assert_allclose(line.get_ydata(), expected)
     lines = [line for line in ax.get_lines() if len(line.get_xdata()) == 4]
@@ -576,13 +584,13 @@ def test_the_figures_of_training_alignment_and_homogeneity(monkeypatch):
             np.testing.assert_allclose(ax.get_lines()[i].get_ydata(), expected)
     left, right = figure_of(monkeypatch, figures.draw_alignment, toy).axes
     lines = {line.get_label(): line for line in right.get_lines()}
-    np.testing.assert_allclose(lines["nalora"].get_ydata(), figures.layer_means(toy, "nalora", "misalignment"))
+    np.testing.assert_allclose(lines["NA-LoRA"].get_ydata(), figures.layer_means(toy, "nalora", "misalignment"))
     lines = {line.get_label(): line for line in left.get_lines()}
-    np.testing.assert_allclose(lines["lora"].get_xdata(), figures.layer_means(toy, "lora", "weight_cosine"))
+    np.testing.assert_allclose(lines["LoRA"].get_xdata(), figures.layer_means(toy, "lora", "weight_cosine"))
     ax, = figure_of(monkeypatch, lambda path: figures.draw_homogeneity([toy], path)).axes
     lines = {line.get_label(): line for line in ax.get_lines()}
     np.testing.assert_allclose(lines["base"].get_ydata(), toy["base"]["layers"]["k_hat"])
-    np.testing.assert_allclose(lines["full"].get_ydata(), figures.layer_means(toy, "full", "k_hat"))
+    np.testing.assert_allclose(lines["full fine-tuning"].get_ydata(), figures.layer_means(toy, "full", "k_hat"))
 
 
 # ---- the report and the benchmark ----
