@@ -185,7 +185,7 @@ def mean_over_ranks(c, loss):
     return loss.item() / c.ranks
 
 
-def set_up(c):
+def set_up(c, methods=METHODS):
     """Everything that a run trains with, from its Config. Writes nothing; ValueError where data,
     base and settings do not fit together."""
     torch.manual_seed(c.seed)
@@ -197,7 +197,7 @@ def set_up(c):
     else:
         run.model = Llama.from_pretrained(c.base).to(run.device)
         problem_data(run, run.model.config)
-    run.optimizer = METHODS[c.method](run.model, c)
+    run.optimizer = methods[c.method](run.model, c)
     for group in run.optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     run.trainable = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
@@ -616,14 +616,14 @@ def save_results(run, out):
     return out / "adapter" / "adapter_model.safetensors"
 
 
-def execute(c, out, resume=False, save=save_results):
+def execute(c, out, resume=False, save=save_results, methods=METHODS):
     """One run from its Config to summary.json, which is returned; `save` writes its weights.
     ValueError before anything is written if the run cannot be."""
     began = time.perf_counter()
     if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} already holds a run. To go on with it or see it again: add "
                          f"--resume. To train anew: add --out {out}-2.")
-    run = set_up(c)
+    run = set_up(c, methods)
     state = load_checkpoint(run, out) if resume else None
     if (out / "summary.json").exists() and state:
         print(f"{out} is finished already: {(out / 'summary.json').read_text()}")

@@ -17,7 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_tiny
-from evidence import compare, measures, report
+from evidence import compare, controls, measures, report
 from evidence.measures import in_alternation, peak_memory_mb, reset_peak_memory, timed
 from nalora import (Llama, LlamaConfig, NALoRA, inject_lora, lora_parameters, read_json, write_json)
 
@@ -26,7 +26,7 @@ WARM_UP = 3  # rounds
 
 def our_loop(config):
     """(training loop that yields (loss, tokens of the batch), device)."""
-    run = train_tiny.set_up(config)
+    run = controls.set_up(config)
 
     def loop():
         for step, loss in enumerate(train_tiny.training_loop(run)):
@@ -40,7 +40,7 @@ def peft_loop(config, **flags):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    run = train_tiny.set_up(config)
+    run = controls.set_up(config)
     torch.manual_seed(config.seed)
     model = AutoModelForCausalLM.from_pretrained(
         config.base, dtype=torch.float32, trust_remote_code=False, local_files_only=True,
@@ -184,7 +184,7 @@ def measured_row(name, make, steps, peak):
 
 def generation(config, rounds):
     """(number of problems, seconds that a model trained for some steps takes to answer them)."""
-    run = train_tiny.set_up(config)
+    run = controls.set_up(config)
     if not run.problems:
         return 0, None
     loop = train_tiny.training_loop(run)

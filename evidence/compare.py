@@ -31,8 +31,8 @@ from evidence import controls, figures, measures, peers, report
 from evidence.controls import Config
 from nalora import read_json, write_json, write_whole
 
-train_tiny.METHODS.update({**controls.METHODS, **peers.METHODS})
-METHODS = {name: method for name, method in train_tiny.METHODS.items() if name != "pretrain"}
+controls.METHODS.update(peers.METHODS)
+METHODS = [name for name in controls.METHODS if name != "pretrain"]
 COMPARED = ["full", "lora", "nalora", "nalora-neutral", "nalora-mask", "nalora-scale",
             "nalora-shuffled", "shuffled-mask", "random-mask", "inverted-mask", "uniform-scale"]
 TUNING_GRID = {"adamw": [1e-3, 2.5e-3, 6e-3, 1.5e-2], "sgd": [0.1, 0.3, 1.0, 3.0]}
@@ -177,7 +177,7 @@ def run_job(out, config, keep):
     measures.reset_peak_memory(device)
     with open(out / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         try:
-            summary = train_tiny.execute(config, out, resume=True, save=save)
+            summary = train_tiny.execute(config, out, True, save, controls.METHODS)
             summary.setdefault("peak_memory_mb", measures.peak_memory_mb(device))
         except train_tiny.Diverged as e:
             summary = {"val_loss": None, "diverged": str(e)}
@@ -309,7 +309,7 @@ def compare(args):
     for label in variants:                  # what can be wrong is found before a file is written
         for lr in grid(args, label):
             configure(args, label, lr=lr)
-        train_tiny.set_up(configure(args, label))
+        controls.set_up(configure(args, label))
     args.results.mkdir(parents=True, exist_ok=True)
     for label, losses in tune(args, variants).items():
         variants[label]["tuning"] = list(losses.items())

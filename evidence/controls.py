@@ -19,6 +19,7 @@ ours. Each is a row of a table below; `nalora.py` knows none of them.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -250,4 +251,5 @@ PRESETS = {
         for mask in ("shuffled", "random", "redrawn", "inverted")
     },
 }
-METHODS = dict.fromkeys(PRESETS, steered)
+METHODS = {**train_tiny.METHODS, **dict.fromkeys(PRESETS, steered)}  # and those of peers.py
+set_up = partial(train_tiny.set_up, methods=METHODS)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import train_tiny
-from evidence import peers
+from evidence import controls, peers
 from nalora import (Llama, activation, effective_homogeneity, is_gated_ffn, merge_lora, read_json,
                     selection_weight, value_and_slope, widen, write_json)
 from train_tiny import CheckpointTokenizer, arithmetic_accuracy, exact_match, mean_loss
@@ -161,7 +161,7 @@ class Bench:
     """What all models of a comparison are measured on."""
 
     def __init__(self, config):
-        self.run = train_tiny.set_up(config)
+        self.run = controls.set_up(config)
         self.base = Llama.from_pretrained(config.base).eval()
         text = held_out_text(self.base, self.run)
         self.text = [(part[:, :-1], part[:, 1:], None) for part in text.split(16)]
@@ -296,7 +296,7 @@ def history(out):
 def trace(c):
     """Trains by a Config, writes nothing. {"importance": {FFN: at about 50 moments (50, F)},
     "travel": {FFN: length of the path of each row of B_gate (F,)}, "steps"}."""
-    run = train_tiny.set_up(c)
+    run = controls.set_up(c)
     rows = {name.removesuffix(".gate_proj.lora_B"): p for name, p in run.trainable.items()
             if name.endswith("gate_proj.lora_B")}
     importance = {name: [] for name in rows}
@@ -368,7 +368,7 @@ def step_time_ratio(config, other, pairs):
     loops = {}
     for name, c in (("one", config), ("other", other)):
         c = replace(c, steps=max(c.steps, pairs + 5))
-        loops[name] = train_tiny.training_loop(train_tiny.set_up(c))
+        loops[name] = train_tiny.training_loop(controls.set_up(c))
     steps = in_alternation(loops, pairs + 5)
     ratios = [b / a for (a, _), (b, _) in zip(steps["one"], steps["other"])]
     return statistics.median(ratios[5:])

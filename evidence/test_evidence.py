@@ -227,7 +227,7 @@ def test_every_flag_of_a_variant_changes_the_adapter(base, flag):
     compare.check(args)
 
     def trained(spec):
-        run = train_tiny.set_up(compare.configure(args, spec))
+        run = compare.controls.set_up(compare.configure(args, spec))
         list(train_tiny.training_loop(run))
         return {name: p.detach() for name, p in run.trainable.items()}
 
@@ -389,7 +389,7 @@ def test_neighbours_are_compared_as_they_were_trained(base, tmp_path):
     result = json.loads((tmp_path / "comparison.json").read_text())
     for method in methods:
         out = next((tmp_path / re.sub(r"[^\w.-]", "-", method)).glob("*seed0"))
-        run = train_tiny.set_up(Config(**json.loads((out / "config.json").read_text())))
+        run = compare.controls.set_up(Config(**json.loads((out / "config.json").read_text())))
         row = next(row for row in result["rows"] if row["variant"] == method and row["seed"] == 0)
         assert train_tiny.mean_loss(measures.trained_model(out), run.validation) == pytest.approx(row["val_loss"], rel=1e-5)
         assert 0 < row["misalignment"] < 3 and math.isfinite(row["shift_cosine"]) 
@@ -429,10 +429,10 @@ def test_a_judged_run_that_diverges_is_told_and_left_out(base, tmp_path, monkeyp
     """Of LoRA one seed of three, of full fine-tuning another: the rest of the comparison stands."""
     execute = train_tiny.execute
 
-    def diverging(config, out, resume, save):
+    def diverging(config, out, *more):
         if (config.method, config.seed) in (("lora", 1), ("full", 2)):
             raise train_tiny.Diverged("not finite")
-        return execute(config, out, resume, save)
+        return execute(config, out, *more)
 
     monkeypatch.setattr(train_tiny, "execute", diverging)
     assert compare.main(comparison_arguments(base, tmp_path, "--seeds", "0", "1", "2", "--lrs", "1e-3", "--test-size", "0")) == 0
