@@ -278,7 +278,7 @@ class NALoRA:
         before = iter(self._before)
         for stack in self._stacks:
             stack.forget()
-            rows, scales = self._factors(stack.state)  # (N, F, 1), (N,)
+            rows, scales = (t.unbind() for t in self._factors(stack.state))  # (F, 1), 0-dim
             for p, i, is_gate_B in stack.steered:
                 p.copy_(correct(next(before), p, rows[i] if is_gate_B else scales[i]))
         self._before = None

@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads sleep; set before torch
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads soon sleep; before torch
 
 import numpy as np
 import tiktoken
