@@ -166,8 +166,8 @@ def rational(z, a, b):
 
 def fit_rational(act, points=2001, rounds=30):
     """(a (6,), b (4,), the largest error) in float64, such that P/Q is act on [-8, 8]: least
-    squares of P - act (Q - 1) = act, each point weighted by the last 1 / Q. For SiLU, GELU and
-    QuickGELU the error is below 2e-3 (test)."""
+    squares of P - act (Q - 1) = act, each point weighted by the last 1 / Q. The
+    largest errors (test): 1.2e-3 for SiLU, 3.8e-3 for GELU, 6.5e-3 for QuickGELU."""
     z = torch.linspace(-8, 8, points, dtype=torch.float64)
     y = (copy.deepcopy(act).cpu().double() if isinstance(act, nn.Module) else act)(z).detach()
     powers = torch.stack([z**i for i in range(6)], 1)  # (points, 6)
