@@ -307,10 +307,8 @@ def draw_differences(comparison, path):
         words = [in_words(label) if ax is axes[0] else "" for label in labels]
         ax.set_yticks(range(len(labels)), words)
         ax.set_title(title)
-        ax.set_xlabel(
-            f"minus LoRA's ({statistics.mean(lora.values()):.{digits}f}{unit})\n{better}",
-            fontsize="small",
-        )
+        below = f"minus LoRA's ({statistics.mean(lora.values()):.{digits}f}{unit})\n{better}"
+        ax.set_xlabel(below, fontsize="small")
         ax.set_ylim(-0.7, len(labels) - 0.5)
         ax.locator_params(axis="x", nbins=3)
     save_figure(figure, path)

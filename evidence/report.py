@@ -16,13 +16,7 @@ from pathlib import Path
 
 from evidence import figures
 from evidence.controls import BLIND_MASKS, PRESETS
-from evidence.paired import (
-    COLUMNS,
-    DIFFERENCES,
-    by_seed,
-    paired_difference,
-    sweep_title,
-)
+from evidence.paired import COLUMNS, DIFFERENCES, by_seed, paired_difference, sweep_title
 from evidence.peers import PEERS
 from nalora import read_json, write_whole
 
@@ -323,17 +317,8 @@ def report(results, readme):
             f"{results} holds no comparison: make one with evidence.compare."
         )
     for name, comparison in comparisons.items():
-        if not {
-            "variants",
-            "rows",
-            "base",
-            "seeds",
-            "tuning_seeds",
-            "sweep",
-            "step_time",
-            "configuration",
-            "machine",
-        } <= set(comparison):
+        needed = {"variants", "rows", "base", "seeds", "tuning_seeds", "sweep", "step_time"}
+        if not needed | {"configuration", "machine"} <= set(comparison):
             raise ValueError(
                 f"{results / name / 'comparison.json'} is no comparison of this program: make it "
                 "again with evidence.compare."
@@ -397,17 +382,8 @@ def bench_tables(b):
     spread = lambda q, digits: f"{q[1]:.{digits}f} ({q[0]:.{digits}f} to {q[2]:.{digits}f})"
     peft = next((r["peak_memory_mb"][1] for r in b["rows"] if r["name"] == "PEFT LoRA"), None)
     steps = markdown_table(
-        [
-            "",
-            "ms a step",
-            "time / LoRA's",
-            "time / PEFT LoRA's",
-            "tokens/s",
-            "peak memory (MB)",
-            "memory / PEFT LoRA's",
-            "share of matmul peak",
-            "first loss",
-        ],
+        ["", "ms a step", "time / LoRA's", "time / PEFT LoRA's", "tokens/s", "peak memory (MB)",
+         "memory / PEFT LoRA's", "share of matmul peak", "first loss"],
         [
             [
                 r["name"],
@@ -438,13 +414,8 @@ def bench_tables(b):
     sizes = markdown_table(
         ["layers", "tokens a step", "LoRA (ms)", "NA-LoRA (ms)", "ratio"],
         [
-            [
-                s["layers"],
-                64 * s["windows"],
-                f"{s['lora']:.1f}",
-                f"{s['nalora']:.1f}",
-                f"{s['nalora'] / s['lora']:.2f}",
-            ]
+            [s["layers"], 64 * s["windows"], f"{s['lora']:.1f}", f"{s['nalora']:.1f}",
+             f"{s['nalora'] / s['lora']:.2f}"]
             for s in b["sizes"]
         ],
     )
