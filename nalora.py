@@ -660,9 +660,17 @@ def activation(ffn):
     return next((getattr(ffn, n) for n in names if callable(getattr(ffn, n, None))), None)
 
 def kind(act):
-    """Equal for activations that one call may evaluate: one function, or equal plain modules."""
-    plain = isinstance(act, nn.Module) and not act.state_dict() and not [*act.children()]
-    return (type(act), repr(sorted(vars(act).items()))) if plain else id(act)
+    """Equal for activations that one call may evaluate: one function, or modules of one class with
+    equal numbers and names, the same functions and nothing else, such as tensors."""
+    settings = {(type(act), None)}
+    for key, value in vars(act).items() if isinstance(act, nn.Module) else ():
+        if isinstance(value, (int, float, str, type(None))):
+            settings.add((key, value))
+        elif callable(value):
+            settings.add((key, id(value)))
+        elif not isinstance(value, (dict, set)) or value:  # the empty ones are nn.Module's own
+            return id(act)
+    return frozenset(settings) if isinstance(act, nn.Module) else id(act)
 
 def lora_pairs(layer):
     """[(lora_A (rank, in), lora_B (out, rank)), ...] of a LoRALinear, or of the active adapters of

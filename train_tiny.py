@@ -580,12 +580,14 @@ def load_checkpoint(run, out):
         return None
     saved = read_json(out / "config.json")
     here = json.loads(json.dumps(asdict(run.config)))
-    for key in here:
-        if saved.get(key) != here[key]:
-            why = ": sums would be rounded in another order" if key == "threads" else ""
+    for key in {**saved, **here}:
+        if saved.get(key) != here.get(key):
+            how = "resume it with its own settings, or choose another --out"
+            if key == "threads":
+                how = ("sums would be rounded in another order, so resume it with "
+                       f"--threads {saved.get(key)}")
             raise ValueError(f"{out} holds a run with {key} = {saved.get(key)!r}, not "
-                             f"{here[key]!r}{why}. Resume it with --{key.replace('_', '-')} "
-                             f"{saved.get(key)}, or choose another --out.")
+                             f"{here.get(key)!r}: {how}.")
     if not path.exists():
         return None
     try:
@@ -593,6 +595,8 @@ def load_checkpoint(run, out):
         if hashlib.sha256(content[:-32]).digest() != content[-32:]:
             raise ValueError("its content is not what was written")
         state = torch.load(io.BytesIO(content[:-32]), map_location="cpu", weights_only=True)
+        if json.loads(json.dumps(state["config"])) != here:
+            raise ValueError("it was made with other settings")
         parameters = {name: state["model"][name] for name in run.trainable}
         run.optimizer.load_state_dict(state["optimizer"])
         if state["nalora"]:
@@ -824,7 +828,7 @@ def resolve(args, method):
             "nalora-scale": ("keep",)}
     for name in idle.get(method, ()):
         if name in given and args.method == method:
-            raise ValueError(f"--{name.replace('_', '-')} has no effect with --method {method}: "
+            raise ValueError(f"--{flag(name)} has no effect with --method {method}: "
                              "leave it out.")
     data = Path(given.get("data", DATA))
     base = str((data if data.is_dir() else DATA) / "base") if method != "pretrain" else ""

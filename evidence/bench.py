@@ -10,6 +10,7 @@ import multiprocessing
 import statistics
 import subprocess
 import sys
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -100,12 +101,7 @@ def matmul_peak(device, dtype, size=2048):
     """FLOP/s of the fastest of ten products of two square matrices."""
     a = torch.randn(size, size, device=device, dtype=dtype)
 
-    def product():
-        a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    return 2 * size**3 / min(timed(product)[0] for _ in range(10))
+    return 2 * size**3 / min(timed(torch.matmul, a, a)[0] for _ in range(10))
 
 
 def flops_per_token(make):
@@ -221,7 +217,7 @@ def bench(args):
     here = Path(train_tiny.__file__).resolve().parent
     started = [timed(partial(subprocess.run, start, cwd=here, check=True))[0] for _ in range(3)]
     result = report.rounded({
-        "configuration": compare.asdict(config), "rounds": rounds, "machine": measures.machine(),
+        "configuration": asdict(config), "rounds": rounds, "machine": measures.machine(),
         "rows": rows, "matmul_peak": peak,
         "profile": {name: where_time_goes(makers[name]) for name in ("lora", "nalora")},
         "sizes": [{"layers": layers, "windows": windows, **step_of_size(layers, windows, rounds)}
