@@ -42,9 +42,9 @@ keep 0.5, ema 0.9, stride 17. z is the gate's output, with LoRA's update in it.
                  A_gate, and A and B of up and down = blend(before, after, scale)
     blend(b, a, w) = b + w (a - b) if w < 1/2, else a - (a - b) (1 - w)  (exact at w = 0 and 1)
 
-WHY the responsive channels? The gradient of row c of B_gate carries the factor phi'(z_c), so plain
-SGD hardly moves a channel that does not respond. Adam normalises gradients and moves it as far as
-any other, although its output barely answers. The mask gives the responsiveness back.
+WHY the responsive channels? The gradient of row c of B_gate carries phi'(z_c), so plain SGD hardly
+moves a channel that does not respond. Adam normalises gradients and moves it as far as any other,
+although its output barely answers. The mask gives the responsiveness back.
 Why the step, not the gradient? Momentum and weight decay move a row whose gradient is zero. Rows
 put back after the step are exact, and Adam's moments keep seeing true gradients.
 Why not A? All channels share A_gate. Attention has no gate: its LoRA is left alone.
@@ -55,25 +55,25 @@ is a choice there. The scale jumps where p crosses 5 %: one regime alone is no p
 Why is I averaged over steps and k_hat not? The mask shall not flicker; the scale follows the batch.
 Which settings are LoRA bit for bit? Scale off, together with mask off or keep = 1.
 
-GLOSSARY. name in the code: symbol, meaning
-    z, act, slope      z, phi, phi'  gate pre-activation; activation (SiLU in Llama); its derivative
-    selection_weight   rho     phi(z) / z, the weight that z is given; SiLU: sigmoid(z)
-    homogeneity        kappa   z phi' / phi = 1 + z rho' / rho; SiLU: 1 + z (1 - sigmoid(z))
-    k_hat              -       effective homogeneity: the degree that fits an FFN best
-    occupancy          p       share of z > 0; for SiLU and GELU kappa > 1 exactly there
-    importance         I       moving average of mean |phi'| of a gate channel
-    lora_A, lora_B     A, B    y = W x + (alpha / rank) B A x, A (rank, in), B (out, rank)
+GLOSSARY: name in the code, symbol, meaning
+    z, act, slope     z, phi, phi'  gate pre-activation; activation (SiLU); its derivative
+    selection_weight  rho    phi(z) / z, the weight that z is given; SiLU: sigmoid(z)
+    homogeneity       kappa  z phi' / phi = 1 + z rho' / rho; SiLU: 1 + z (1 - sigmoid(z))
+    k_hat             -      effective homogeneity: the degree that fits an FFN best
+    occupancy         p      share of z > 0; for SiLU and GELU kappa > 1 exactly there
+    importance        I      moving average of mean |phi'| of a gate channel
+    lora_A, lora_B    A, B   y = W x + (alpha / rank) B A x, A (rank, in), B (out, rank)
 
 WHOSE IS WHAT. No equation of the paper is public to us. Never cite this file as its method.
-    the paper, in public                               | our reading
-    selection misalignment; "the local effective       | kappa - 1 as the ratio of the two moves;
-      homogeneity of self-gated activations"           |   k_hat by least squares
-    "a derivative-based temporal-importance mask       | phi' (not rho'), its mean, ema, keep, a
-      for gate-related LoRA updates"                   |   hard cut, on the step, on B_gate alone
-    "an activation-specific step-scaling rule when a   | the sign of z as partition, the 5 %,
-      meaningful coarse effective-homogeneity          |   1 / k_hat, its clip, its reach over
-      partition is available"                          |   gate, up and down
-    both act in training only                          | every default value
+    the paper, in public                           | our reading
+    selection misalignment; "the local effective   | kappa - 1 as the ratio of the two moves;
+      homogeneity of self-gated activations"       |   k_hat by least squares
+    "a derivative-based temporal-importance mask   | phi' (not rho'), its mean, ema, keep, a
+      for gate-related LoRA updates"               |   hard cut, on the step, on B_gate alone
+    "an activation-specific step-scaling rule when | the sign of z as partition, the 5 %,
+      a meaningful coarse effective-homogeneity    |   1 / k_hat, its clip, its reach over
+      partition is available"                      |   gate, up and down
+    both act in training only                      | every default value
 
 BEFORE YOU PORT, check: (1) scale off and keep = 1 equal LoRA bit for bit; (2) rows outside the
 mask keep their bits under momentum and weight decay; (3) ten steps of two FFNs agree with the
@@ -93,11 +93,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -147,9 +146,14 @@ def observe(act, z, weight):
     with torch.autocast(z.device.type, enabled=False):
         score = (weight[..., None, :] @ slope.abs()).squeeze(-2)  # (..., F)
     sums = GateSums(score, weight.sum(-1), (z * slope * phi).sum((-2, -1)),
-                    (phi * phi).sum((-2, -1)), (z > 0).to(z.dtype).sum((-2, -1)))
+                    (phi * phi).sum((-2, -1)), z.sign().relu().sum((-2, -1)))
     finite = (score.sum(-1) + sum(sums[1:])).isfinite()  # (...)
-    return GateSums(*choose(finite, sums, map(torch.zeros_like, sums)))
+    return GateSums(*choose(finite, sums, [0] * 5))
+
+def effective_homogeneity(act, z):
+    """k_hat of gates z (..., F) over all tokens and channels, 0-dim."""
+    z = z.reshape(-1, z.size(-1))
+    return observe(act, z, z.new_ones(len(z))).k_hat()
 
 def importance_mask(importance, keep):
     """Bool (..., F): the ceil(keep F) channels of largest importance (..., F), lower index first
@@ -174,7 +178,14 @@ class NALoRAConfig:
     scale: str = "homogeneity"  # or "none": scale 1
 
     def __post_init__(self):
-        check_config(self)
+        number = (int, float)
+        fits = {"keep": type(self.keep) in number and 0 < self.keep <= 1,
+                "ema": type(self.ema) in number and 0 <= self.ema < 1,
+                "stride": type(self.stride) is int and 0 < self.stride < 2**31,
+                "mask": self.mask in ("derivative", "none"),
+                "scale": self.scale in ("homogeneity", "none")}
+        for name, fit in fits.items():
+            refuse(not fit, f"{name} is {getattr(self, name)!r}: NALoRAConfig says what it may be.")
 
 class State(NamedTuple):
     """What NA-LoRA knows of FFNs after a step."""
@@ -203,13 +214,12 @@ def correct(before, after, factor):
 class NALoRA:
     """Turns a LoRA training loop into NA-LoRA: make one after the optimizer, change nothing else.
 
-    It steers every FFN whose gate carries LoRA, ours or PEFT's; an FFN is recognised by its parts:
-    gate_proj, up_proj, down_proj and an activation. In FFNs without a gate, fc2(act(fc1(x))),
-    `gate` names the linear layer in front of the activation ("fc1", "mlp.c_fc"). Make it when the
-    model has its device and dtype, before its first compiled call. For padded batches set
-    `token_mask` (batch, seq), nonzero for real tokens, before each forward pass. The ranks of
-    torch.distributed add up their sums and decide alike. ValueError if no gate carries LoRA, or
-    the optimizer lacks its parameters, holds shards of them or is steered already."""
+    It steers every FFN whose gate carries LoRA, ours or PEFT's; an FFN is recognised by gate_proj,
+    up_proj, down_proj and an activation. In FFNs without a gate, fc2(act(fc1(x))), `gate` names the
+    layer in front of the activation ("fc1", "mlp.c_fc"). Make it when the model has its device and
+    dtype, before its first compiled call. With padded batches set `token_mask` (batch, seq),
+    nonzero for real tokens, before each pass. ValueError if no gate carries LoRA, or the optimizer
+    lacks its parameters, holds shards of them or is steered already."""
 
     def __init__(self, model, optimizer, config=None, gate="gate_proj"):
         self.config = config or NALoRAConfig()
@@ -250,8 +260,8 @@ class NALoRA:
 
     def _every(self, seen, key, tokens):
         """The slice of the next `tokens` tokens that this step observes."""
-        first = (self._steps - seen.get(key, 0)) % self.config.stride
-        seen[key] = seen.get(key, 0) + tokens
+        first = (self._steps - seen[key]) % self.config.stride
+        seen[key] += tokens
         return slice(first, None, self.config.stride)
 
     def _add_up(self):
@@ -332,12 +342,11 @@ class NALoRA:
 
 class LoRALinear(nn.Module):
     """y = base_layer(x) + (alpha / rank) B A x (arXiv 2106.09685); B = 0, a no-op, at the start.
-    base: nn.Linear, frozen here; A and B are float32 whatever its dtype. ValueError unless rank is
-    a whole number from 1 to min(in, out) and alpha is above zero."""
+    base: nn.Linear, frozen here; A and B are float32. ValueError on a rank that does not fit."""
 
     def __init__(self, base, rank, alpha):
         super().__init__()
-        check_size(rank, alpha, base, "this layer")
+        check_size(base, rank, alpha)
         A = torch.empty(rank, base.in_features, dtype=torch.float32, device=base.weight.device)
         self.base_layer = base.requires_grad_(False)
         self.rank = rank
@@ -377,19 +386,19 @@ class LlamaConfig:
     eos_token_id: object = None
 
     def __post_init__(self):
-        heads = self.num_attention_heads
-        if self.num_key_value_heads is None:
-            object.__setattr__(self, "num_key_value_heads", heads)
-        if self.head_dim is None and type(heads) is type(self.hidden_size) is int and heads > 0:
-            object.__setattr__(self, "head_dim", self.hidden_size // heads)
         for f in fields(self):
             value = getattr(self, f.name)
             fits = isinstance(value, f.type)
             if f.type in (int, float):
-                most = {"num_hidden_layers": 1000, "rope_theta": 1e12}.get(f.name, 2**24)
-                fits = type(value) in (int, f.type) and 0 < value <= most
-            refuse(not fits, f"{f.name} is {value!r}, which no Llama has.")
-        refuse(heads % self.num_key_value_heads or self.head_dim % 2,
+                most = 1000 if f.name == "num_hidden_layers" else 1e12
+                fits = type(value) in (int, f.type) and 0 < value < most
+            unset = value is None and f.default is None
+            refuse(not (fits or unset), f"{f.name} is {value!r}, which no Llama has.")
+        heads = self.num_attention_heads
+        default = {"num_key_value_heads": heads, "head_dim": self.hidden_size // heads}
+        for name, value in default.items():
+            object.__setattr__(self, name, getattr(self, name) or value)
+        refuse(heads % self.num_key_value_heads or self.head_dim % 2 or not self.head_dim,
                f"num_key_value_heads must divide {heads}, and head_dim must be even.")
         refuse(self.hidden_act not in ACTIVATIONS, f"hidden_act {self.hidden_act} is unknown here.")
 
@@ -398,17 +407,17 @@ class LlamaConfig:
         """Reads a config.json. ValueError names what it lacks or what this Llama cannot honour."""
         for key in ("rope_scaling", "rope_parameters"):
             rope = d.get(key) or {}
-            refuse(not isinstance(rope, dict), f"{key} is {rope!r}, which no Llama has.")
-            d = {**d, **rope, key: rope.get("rope_type", rope.get("type", "default"))}
-        plain = {"model_type": "llama", "attention_bias": False, "mlp_bias": False,
-                 "attention_dropout": 0, "rope_scaling": "default", "rope_parameters": "default",
-                 "partial_rotary_factor": 1, "sliding_window": None, "pretraining_tp": 1,
+            d = {**d, **(rope if isinstance(rope, dict) else {"rope_type": rope})}
+        plain = {"model_type": "llama", "rope_type": "default", "type": "default",
+                 "partial_rotary_factor": 1, "attention_bias": False, "mlp_bias": False,
+                 "attention_dropout": 0, "sliding_window": None, "pretraining_tp": 1,
                  "quantization_config": None}
         for key, value in plain.items():
             refuse(d.get(key) not in (value, None), f"This Llama knows no {key} = {d.get(key)!r}.")
-        for f in fields(cls):
-            refuse(f.default is MISSING and d.get(f.name) is None, f"The config lacks {f.name}.")
-        return cls(**{f.name: d[f.name] for f in fields(cls) if d.get(f.name) is not None})
+        given = {f.name: d[f.name] for f in fields(cls) if d.get(f.name) is not None}
+        lacking = [f.name for f in fields(cls) if f.default is MISSING and f.name not in given]
+        refuse(lacking, f"The config lacks {', '.join(lacking)}.")
+        return cls(**given)
 
 def rotary_tables(config, start, length, device):
     """cos and sin of each position's rotation angles, (length, head_dim) each, float32."""
@@ -422,16 +431,16 @@ def rotate(x, cos, sin):
     a, b = x.chunk(2, dim=-1)
     return x * cos.to(x.dtype) + torch.cat((-b, a), dim=-1) * sin.to(x.dtype)
 
+linear = partial(nn.Linear, bias=False)
+
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.head_dim = c.head_dim
-        width = c.num_attention_heads * c.head_dim
-        kv_width = c.num_key_value_heads * c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, width, bias=False)
-        self.k_proj = nn.Linear(c.hidden_size, kv_width, bias=False)
-        self.v_proj = nn.Linear(c.hidden_size, kv_width, bias=False)
-        self.o_proj = nn.Linear(width, c.hidden_size, bias=False)
+        self.q_proj = linear(c.hidden_size, c.num_attention_heads * c.head_dim)
+        self.k_proj = linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
+        self.v_proj = linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
+        self.o_proj = linear(c.num_attention_heads * c.head_dim, c.hidden_size)
 
     def forward(self, x, cos, sin, cache):  # (B, T, hidden)
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -447,9 +456,9 @@ class Attention(nn.Module):
 class GatedFFN(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+        self.gate_proj = linear(c.hidden_size, c.intermediate_size)
+        self.up_proj = linear(c.hidden_size, c.intermediate_size)
+        self.down_proj = linear(c.intermediate_size, c.hidden_size)
         self.act_fn = ACTIVATIONS[c.hidden_act]
 
     def forward(self, x):  # (B, T, hidden)
@@ -477,7 +486,7 @@ class Llama(nn.Module):
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.model.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         for p in self.parameters():
@@ -489,12 +498,12 @@ class Llama(nn.Module):
         (logits (N, vocab) of the N targets, their mean cross-entropy in nats). cache: a list per
         layer, [] at first; further calls take one token. ValueError beyond the context."""
         start = cache[0][0].size(2) if cache and cache[0] else 0
-        end = start + tokens.size(1)
-        self._check_length(end)
-        refuse(start and end > start + 1, 
-               f"A filled cache takes one token at a time, not {end - start}.")
+        length = tokens.size(1)
+        most = self.config.max_position_embeddings
+        refuse(start + length > most, f"{start + length} tokens exceed the context of {most}.")
+        refuse(start and length > 1, f"A filled cache takes one token at a time, not {length}.")
         x = self.model.embed_tokens(tokens)  # (B, T, hidden)
-        cos, sin = rotary_tables(self.config, start, end - start, tokens.device)
+        cos, sin = rotary_tables(self.config, start, length, tokens.device)
         for i, layer in enumerate(self.model.layers):
             x = layer(x, cos, sin, cache and cache[i])
         x = self.model.norm(x)
@@ -503,34 +512,22 @@ class Llama(nn.Module):
         logits = self.lm_head(x[targets != -100])  # (N, vocab)
         return logits, F.cross_entropy(logits.float(), targets[targets != -100])
 
-    def _check_length(self, tokens):
-        most = self.config.max_position_embeddings
-        refuse(tokens > most, f"{tokens} tokens exceed the context of {most}: shorten the text.")
-
     @torch.no_grad()
-    def generate(self, tokens, max_new_tokens, temperature=0.0, top_k=None, stop=None,
-                 generator=None):
-        """tokens (B, T), no padding -> (B, T + n), n <= max_new_tokens. temperature 0 is greedy;
-        top_k samples among the k likeliest; a row repeats `stop` after it. ValueError beyond the
-        context."""
-        refuse(tokens.size(1) < 1 or temperature < 0 or (top_k is not None and top_k < 1),
-               "generate needs a prompt, a temperature >= 0 and a top_k >= 1 (or None).")
-        self._check_length(tokens.size(1) + max_new_tokens)
+    def generate(self, tokens, max_new_tokens, temperature=0.0, stop=None, generator=None):
+        """tokens (B, T), no padding -> (B, T + n), n <= max_new_tokens. temperature 0 is greedy; a
+        row repeats `stop` after it. ValueError beyond the context."""
         cache = [[] for _ in self.model.layers]
         new = tokens
-        stopped = torch.zeros_like(tokens[:, 0], dtype=torch.bool)  # (B,)
+        stopped = torch.zeros_like(tokens[:, :1], dtype=torch.bool)  # (B, 1)
         for _ in range(max_new_tokens):
             logits = self(new, cache=cache)[0][:, -1].float()  # (B, vocab)
-            if top_k is not None:
-                least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
-                logits = logits.masked_fill(logits < least, -math.inf)
             new = logits.argmax(-1, keepdim=True)  # (B, 1)
             if temperature > 0:
                 odds = (logits / temperature).softmax(-1)
                 new = torch.multinomial(odds, 1, generator=generator)
             if stop is not None:
-                new = new.masked_fill(stopped[:, None], stop)
-                stopped |= new[:, 0] == stop
+                new = new.masked_fill(stopped, stop)
+                stopped |= new == stop
             tokens = torch.cat((tokens, new), dim=1)
             if stopped.all():
                 break
@@ -538,42 +535,33 @@ class Llama(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory, dtype=torch.float32):
-        """Reads config.json and model.safetensors or its shards. ValueError if they are missing,
-        broken or do not agree."""
+        """Reads config.json and model.safetensors. ValueError if they are missing, broken or do
+        not agree."""
         config = LlamaConfig.from_dict(read_json(Path(directory) / "config.json"))
-        weights = read_weights(Path(directory))
+        weights = read_tensors(Path(directory) / "model.safetensors")
         weights = {k: t for k, t in weights.items() if "rotary_emb" not in k}  # of old exports
         if config.tie_word_embeddings and "model.embed_tokens.weight" in weights:
             weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
         with torch.device("meta"):  # compared before memory is asked for
-            expected = shapes(cls(config).state_dict())
-        there = shapes(weights)
-        for name in sorted(name for name, _ in there.items() ^ expected.items()):
-            raise ValueError(f"The weights in {directory} do not fit its config.json: {name} is "
-                             f"{there.get(name, 'missing')}, expected {expected.get(name)}.")
+            wrong = shapes(cls(config).state_dict()).items() ^ shapes(weights).items()
+        refuse(wrong, f"The weights in {directory} do not fit its config.json: see "
+               f"{sorted(wrong)[:2]}.")
         model = cls(config).to(dtype)
         model.load_state_dict(weights)
         return model
 
     def save_pretrained(self, directory, dtype=None):
         """Writes config.json and model.safetensors, in `dtype` if given. ValueError under LoRA."""
-        refuse(any(isinstance(m, LoRALinear) for m in self.modules()),
-               "This model carries LoRA: merge_lora(model) first, or save_adapter(model, folder).")
+        refuse(has_lora(self), "This model carries LoRA: merge_lora(model), or save_adapter.")
         weights = {k: v.to(dtype or v.dtype).contiguous() for k, v in self.state_dict().items()}
         if self.config.tie_word_embeddings:
             del weights["lm_head.weight"]
         stored = str(weights["model.norm.weight"].dtype).removeprefix("torch.")
         config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama",
                   **asdict(self.config), "torch_dtype": stored}
-        write_tensors(Path(directory) / "model.safetensors", weights)
-        write_json(Path(directory) / "config.json", config)
+        write_files(directory, {"model.safetensors": weights, "config.json": config})
 
 # ---- Part III: wiring and files ------------------------------------------------------------------
-
-def effective_homogeneity(act, z):
-    """k_hat of gates z (..., F) over all tokens and channels, 0-dim."""
-    z = z.reshape(-1, z.size(-1))
-    return observe(act, z, z.new_ones(len(z))).k_hat()
 
 def refuse(wrong, message):
     if wrong:
@@ -607,16 +595,15 @@ class Stack:
         B = lora_pairs(self.gates[0])[0][1].detach()  # (F, rank)
         zero = widen(B).new_zeros(len(ffns), len(B))  # (N, F)
         one = torch.ones_like(zero[:, 0])  # (N,)
-        with torch.no_grad():
-            refuse(self.act(zero.new_zeros(1)) != 0, f"The activation of {self.names[0]} is not 0 "
-                   "at 0, so it is not self-gated, phi(z) = rho(z) z.")
+        refuse(value_and_slope(self.act, zero[0, :1])[0].any(),
+               f"The activation of {self.names[0]} is not 0 at 0, so it is not self-gated.")
         self.state = State(zero, zero == 0, one * math.nan, one * math.nan, one)
         self.forget()
 
     def forget(self):
         """Begins a step: nothing is observed yet."""
         self.samples = {}  # {i: (z (T, F), weight (T,))} of one forward pass
-        self.seen = {}  # {i: tokens since the last step}
+        self.seen = Counter()  # {i: tokens since the last step}
         score = torch.zeros_like(self.state.importance)  # (N, F)
         self.sums = GateSums(score, *score.new_zeros(4, len(score)))
 
@@ -636,8 +623,7 @@ def stack_ffns(model, gate):
             name = name.rpartition(".")[0]
             ffn = model.get_submodule(name)
             act = activation(ffn)
-            refuse(act is None and gate != "gate_proj", f"{name or 'the model'} has {leaf} but no "
-                   "activation (act_fn, activation_fn, act): gate must name the layer before one.")
+            refuse(gate != "gate_proj" and act is None, f"{name} has no activation (act_fn, act).")
             if gate != "gate_proj" or is_gated_ffn(ffn):
                 B = lora_pairs(layer)[0][1]  # (F, rank)
                 name = name.replace("_orig_mod.", "").removeprefix("module.")  # compile, DDP
@@ -645,12 +631,11 @@ def stack_ffns(model, gate):
     names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
     refuse(not alike and any("gate_up_proj" in name for name in names), "This model fuses gate and "
            "up into gate_up_proj, whose rows NA-LoRA cannot tell apart yet.")
-    refuse(not alike, f"No gated FFN here has LoRA on its {leaf}: inject it first (inject_lora or "
-           "PEFT), and name the layer with gate=... if it is another.")
+    refuse(not alike, f"No gated FFN here has LoRA on its {leaf}: inject it first, and name the "
+           "layer with gate=... if it is another.")
     return [Stack(ffns, leaf) for ffns in alike.values()]
 
 def is_gated_ffn(module):
-    """Whether it is made of gate_proj, up_proj, down_proj and an activation."""
     parts = ("gate_proj", "up_proj", "down_proj")
     return all(hasattr(module, part) for part in parts) and activation(module) is not None
 
@@ -660,69 +645,54 @@ def activation(ffn):
     return next((getattr(ffn, n) for n in names if callable(getattr(ffn, n, None))), None)
 
 def kind(act):
-    """Equal for activations that one call may evaluate: one function, or modules of one class with
-    equal numbers and names, the same functions and nothing else, such as tensors."""
-    settings = {(type(act), None)}
-    for key, value in vars(act).items() if isinstance(act, nn.Module) else ():
-        if isinstance(value, (int, float, str, type(None))):
-            settings.add((key, value))
-        elif callable(value):
-            settings.add((key, id(value)))
-        elif not isinstance(value, (dict, set)) or value:  # the empty ones are nn.Module's own
-            return id(act)
-    return frozenset(settings) if isinstance(act, nn.Module) else id(act)
+    """Equal if one call may evaluate both: one object, or modules alike in class and attributes."""
+    if not isinstance(act, nn.Module):
+        return id(act)
+    plain = (int, float, str, type(None))
+    return type(act), *((key, value if isinstance(value, plain) else id(value))
+                        for key, value in vars(act).items()
+                        if not isinstance(value, (dict, set)) or value)
 
 def lora_pairs(layer):
-    """[(lora_A (rank, in), lora_B (out, rank)), ...] of a LoRALinear, or of the active adapters of
-    a PEFT layer; [] of others."""
+    """[(A (rank, in), B (out, rank))] of a LoRALinear or a PEFT layer's active adapters, or []."""
     if isinstance(layer, LoRALinear):
         return [(layer.lora_A, layer.lora_B)]
     names = getattr(layer, "active_adapters", []) if hasattr(layer, "lora_A") else []
     pairs = [(layer.lora_A[name], layer.lora_B[name]) for name in names if name in layer.lora_A]
     return [tuple(getattr(part, "weight", part) for part in pair) for pair in pairs]
 
-def check_config(c):
-    refuse(type(c.keep) not in (int, float), f"keep is {c.keep!r}: give a number in (0, 1].")
-    importance_mask(torch.ones(1), c.keep)
-    refuse(type(c.ema) not in (int, float) or not 0 <= c.ema < 1,
-           f"ema is {c.ema!r}: give a number in [0, 1).")
-    refuse(type(c.stride) is not int or not 1 <= c.stride < 2**31,
-           f"stride is {c.stride!r}: give a whole number of at least 1 (1 observes every token).")
-    refuse(c.mask not in ("derivative", "none"), f"mask is {c.mask!r}: choose derivative or none.")
-    refuse(c.scale not in ("homogeneity", "none"), f"scale is {c.scale!r}: homogeneity or none.")
-
 def check_optimizer(optimizer, parameters):
-    """ValueError unless it has step hooks, holds these, whole and trainable, and is not steered."""
     refuse(not hasattr(optimizer, "register_step_post_hook"), "NALoRA hooks the step of a "
-           f"torch.optim.Optimizer, not a {type(optimizer).__name__}: give it the one that steps "
-           "(with Trainer, trainer.create_optimizer() or optimizers=(optimizer, None)).")
-    refuse(getattr(optimizer, "nalora", None), "This optimizer is steered by another NALoRA, which "
-           "would correct each step twice: call optimizer.nalora.remove() first.")
+           f"torch.optim.Optimizer, not a {type(optimizer).__name__}.")
+    refuse(getattr(optimizer, "nalora", None),
+           "This optimizer is steered by another NALoRA: call optimizer.nalora.remove() first.")
     refuse(any(hasattr(p, "placements") or p.dim() != 2 or not p.numel() for p in parameters),
            "The LoRA parameters are sharded (FSDP, ZeRO-3): train with DistributedDataParallel.")
-    refuse(not all(p.requires_grad for p in parameters), "The FFNs' LoRA parameters are frozen: "
-           "unfreeze them first (PeftModel.from_pretrained(..., is_trainable=True)).")
+    refuse(not all(p.requires_grad for p in parameters),
+           "The FFNs' LoRA parameters are frozen (PEFT: load with is_trainable=True).")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    refuse(not {id(p) for p in parameters} <= held, "The optimizer does not hold the FFNs' LoRA "
-           "parameters: make it from the trainable parameters, after LoRA is in place.")
+    refuse(not {id(p) for p in parameters} <= held,
+           "The optimizer does not hold the FFNs' LoRA parameters: make it after LoRA is in place.")
 
 def check_token_mask(mask, z):
-    """ValueError unless it fits the gates z (..., F); some models flatten (batch, seq)."""
-    if mask is not None and mask.shape != z.shape[:-1]:
+    if mask is not None and mask.shape != z.shape[:-1]:  # some models flatten (batch, seq)
         refuse(z.dim() != 2 or mask.numel() != len(z), f"token_mask is {tuple(mask.shape)} but the "
                f"gates see tokens {tuple(z.shape[:-1])}: set it before each pass, or to None.")
+
+def check_state(saved, here):
+    refuse(saved["config"] != here["config"],
+           f"This NALoRA state was made with {saved['config']}, not with {here['config']}.")
+    widths = [{name: shapes(ffn) for name, ffn in d["ffns"].items()} for d in (saved, here)]
+    refuse(widths[0] != widths[1], "This NALoRA state was made on another model.")
 
 def sum_over_ranks(stacks):
     """Adds the sums of all ranks of torch.distributed, so that they decide alike."""
     if not any(stack.seen for stack in stacks):
         warnings.warn("NALoRA saw no gate before this step: is the model in train() mode?")
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        parts = [t for stack in stacks for t in stack.sums]
-        flat = torch.cat([t.flatten().to(parts[0].device) for t in parts])
-        torch.distributed.all_reduce(flat)
-        total = iter(flat.split([t.numel() for t in parts]))
         for stack in stacks:
-            stack.sums = GateSums(*(next(total).view_as(t).to(t) for t in stack.sums))
+            for t in stack.sums:
+                torch.distributed.all_reduce(t)
 
 class Watch:
     """Warns when training goes past NALoRA: a step without its hooks, or another adapter."""
@@ -744,28 +714,18 @@ class Watch:
         if self.version not in (None, self.parameter._version):
             self.version = None
             warnings.warn("The LoRA parameters moved, but NALoRA's hooks were not called: make it "
-                          "with the optimizer whose step() runs (and remove() any earlier one).")
+                          "with the optimizer whose step() runs.")
         if self.adapters != self.active():
             self.adapters = self.active()
-            warnings.warn("Other adapters are active than when this NALoRA was made, and they "
-                          "train as plain LoRA: remove() it and make a new one.")
-
-def check_state(saved, here):
-    refuse(saved["config"] != here["config"],
-           f"This NALoRA state was made with {saved['config']}, not with {here['config']}.")
-    widths = [{name: shapes(ffn) for name, ffn in d["ffns"].items()} for d in (saved, here)]
-    refuse(widths[0] != widths[1], "This NALoRA state was made on another model: names or widths "
-           "of its FFNs differ.")
+            warnings.warn("Other adapters are active than when this NALoRA was made, and train as "
+                          "plain LoRA: remove() it and make a new one.")
 
 def inject_lora(model, targets, rank=8, alpha=16):
     """Puts a LoRALinear in the place of every nn.Linear that `targets` name, freezes all else and
-    returns their module names.
-
-    targets: module names, whole or from a dot on ("q_proj", "mlp.gate_proj"). ValueError, with
-    nothing changed, if the model has LoRA, a target matches nothing or the rank does not fit."""
-    refuse(any(isinstance(m, LoRALinear) for m in model.modules()),
-           "This model carries LoRA already: merge_lora(model), or start from the base model.")
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    returns their module names. targets: module names, whole or from a dot on ("mlp.gate_proj").
+    ValueError, with nothing changed, if one matches nothing or the model has LoRA."""
+    refuse(has_lora(model), "This model carries LoRA already: merge_lora(model) first.")
+    linears = base_linears(model)
     chosen = set()
     for target in [targets] if isinstance(targets, str) else targets:
         matches = {name for name in linears if f".{name}".endswith(f".{target}")}
@@ -774,17 +734,17 @@ def inject_lora(model, targets, rank=8, alpha=16):
         chosen |= matches
     refuse(not chosen, "No targets are given: name at least one linear layer, such as 'gate_proj'.")
     for name in chosen:
-        check_size(rank, alpha, linears[name], name)
+        check_size(linears[name], rank, alpha)
     model.requires_grad_(False)
     names = [name for name in linears if name in chosen]
     for name in names:
         model.set_submodule(name, LoRALinear(linears[name], rank, alpha))
     return names
 
-def check_size(rank, alpha, linear, name):
+def check_size(linear, rank, alpha):
     most = min(linear.in_features, linear.out_features)
     refuse(type(rank) is not int or not 1 <= rank <= most,
-           f"rank is {rank}, but {name} takes a whole number from 1 to {most}.")
+           f"rank is {rank}, but {linear} takes a whole number from 1 to {most}.")
     refuse(type(alpha) not in (int, float) or not 0 < alpha < 1e12,
            f"alpha is {alpha}: the update is scaled by alpha / rank, so give a number above zero.")
 
@@ -793,11 +753,13 @@ def base_linears(model):
     return {name.removesuffix(".base_layer"): m for name, m in model.named_modules()
             if isinstance(m, nn.Linear)}
 
+def has_lora(model):
+    return any(isinstance(m, LoRALinear) for m in model.modules())
+
 def lora_layers(model):
     """{module name: LoRALinear} in module order. ValueError if there is none."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
-    refuse(not layers, "This model carries no LoRA (never injected, or merged already).")
-    return layers
+    refuse(not has_lora(model), "This model carries no LoRA (never injected, or merged already).")
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 def lora_parameters(model):
     """[A, B, A, B, ...] in module order: what the optimizer trains."""
@@ -806,16 +768,15 @@ def lora_parameters(model):
 @torch.no_grad()
 def merge_lora(model):
     """W <- W + (alpha / rank) B A, in float32 and rounded once to W's dtype; every nn.Linear is
-    back in its place, frozen. Returns their names. There is no way back. ValueError, with nothing
-    changed, if there is no LoRA or a weight is quantized, tied or on the meta device."""
+    back in its place, frozen. Returns their names. ValueError, with nothing changed, if there is
+    no LoRA or a weight is quantized, tied or on the meta device."""
     layers = lora_layers(model)
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values())
     for name, layer in layers.items():
         weight = layer.base_layer.weight
         refuse(weight.is_meta or not weight.is_floating_point(), f"The weight of {name} is "
-               "quantized or not loaded (meta device): load the base in floating point to merge.")
-        refuse(owners[id(weight)] > 1, f"The weight of {name} is tied to another layer, which "
-               "would change, too: untie it, or keep the adapter.")
+               "quantized or on the meta device: load the base in floating point to merge.")
+        refuse(owners[id(weight)] > 1, f"{name} is tied to a layer that would change with it.")
     for name, layer in layers.items():
         weight = layer.base_layer.weight
         weight.copy_(widen(weight) + layer.scaling * (layer.lora_B @ layer.lora_A))
@@ -826,7 +787,6 @@ KEY = "base_model.model.{}.{}.weight"  # PEFT's name of a tensor
 
 def save_adapter(model, directory, base_model=None, settings=None):
     """Writes adapter_model.safetensors and adapter_config.json as PEFT does, and nalora.json.
-
     base_model: name or path of the base, for PEFT; settings: any JSON value, for the record.
     ValueError if the model has no LoRA, or LoRA of several sizes."""
     layers = lora_layers(model)
@@ -842,107 +802,91 @@ def save_adapter(model, directory, base_model=None, settings=None):
               "r": rank, "lora_alpha": alpha, "target_modules": targets, "lora_dropout": 0.0,
               "bias": "none", "inference_mode": True}
     base = fingerprint({name: layer.base_layer for name, layer in layers.items()})
-    write_tensors(Path(directory) / "adapter_model.safetensors", tensors)
-    write_json(Path(directory) / "adapter_config.json", config)
-    write_json(Path(directory) / "nalora.json", {"settings": settings, "base": base})
+    write_files(directory, {"adapter_model.safetensors": tensors, "adapter_config.json": config,
+                            "nalora.json": {"settings": settings, "base": base}})
 
 def load_adapter(model, directory):
     """Loads an adapter that save_adapter or PEFT wrote, injecting LoRA where there is none yet.
     Returns the module names. ValueError, with nothing changed, if a file is missing or broken, the
     adapter is more than plain LoRA, or its modules, sizes or base model are not this model's."""
     directory = Path(directory)
-    rank, alpha = plain_rank_and_alpha(directory, read_json(directory / "adapter_config.json"))
+    rank, alpha = plain_sizes(read_json(directory / "adapter_config.json"))
     tensors = read_tensors(directory / "adapter_model.safetensors")
     names = {k.removeprefix("base_model.model.").rpartition(".lora_")[0] for k in tensors}
     linears = {name: m for name, m in base_linears(model).items() if name in names}
     fits = {KEY.format(name, "lora_A"): (rank, m.in_features) for name, m in linears.items()}
     fits |= {KEY.format(name, "lora_B"): (m.out_features, rank) for name, m in linears.items()}
     refuse(not tensors or shapes(tensors) != fits, f"The adapter in {directory} (rank {rank}) does "
-           "not fit this model: other module names or shapes, so another base.")
-    present = {n: (m.rank, m.alpha) for n, m in model.named_modules() if isinstance(m, LoRALinear)}
-    refuse(present and present != dict.fromkeys(names, (rank, alpha)),
-           f"The adapter in {directory} differs from the LoRA already in the model: in modules, "
-           f"rank ({rank}) or alpha ({alpha}).")
+           "not fit this model: other module names or shapes.")
     if (directory / "nalora.json").exists():
-        saved = read_json(directory / "nalora.json").get("base")
-        refuse(not isinstance(saved, dict) or not all(type(x) is float for x in saved.values()),
+        norms = read_json(directory / "nalora.json").get("base")
+        refuse(not isinstance(norms, dict) or not all(type(x) is float for x in norms.values()),
                f"nalora.json in {directory} holds no norms of the base: delete it to go unchecked.")
-        refuse(any(not math.isclose(saved.get(name, norm), norm, rel_tol=0.01)
+        refuse(any(not math.isclose(norms.get(name, norm), norm, rel_tol=0.01)
                    for name, norm in fingerprint(linears).items()),
                f"The adapter in {directory} was trained on another base model: the weights differ.")
-    if not present:
+    if not has_lora(model):
         inject_lora(model, names, rank, alpha)
+    layers = lora_layers(model)
+    refuse(dict.fromkeys(names, (rank, alpha)) != {n: (m.rank, m.alpha) for n, m in layers.items()},
+           f"The adapter in {directory} differs from the LoRA already in the model.")
     with torch.no_grad():
-        for name, layer in lora_layers(model).items():
+        for name, layer in layers.items():
             layer.lora_A.copy_(tensors[KEY.format(name, "lora_A")])
             layer.lora_B.copy_(tensors[KEY.format(name, "lora_B")])
-    return list(lora_layers(model))
+    return list(layers)
 
-def plain_rank_and_alpha(directory, config):
+def plain_sizes(config):
     """(rank, alpha) of an adapter_config.json. ValueError if it is more than plain LoRA."""
     more = [k for k in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern",
                         "alpha_pattern", "fan_in_fan_out") if config.get(k)]
     sizes = [config.get(k) for k in ("r", "lora_alpha")]
     plain = all(isinstance(size, (int, float)) and 0 < size < 1e12 for size in sizes)
     plain = plain and config.get("peft_type") == "LORA" and config.get("bias", "none") == "none"
-    refuse(more or not plain, f"{directory} holds no plain LoRA adapter: see "
-           f"{', '.join(more) or 'peft_type, bias, r, lora_alpha'} in adapter_config.json.")
+    refuse(more or not plain, "adapter_config.json is of no plain LoRA adapter: see "
+           f"{', '.join(more) or 'peft_type, bias, r, lora_alpha'}.")
     return sizes
 
 def fingerprint(linears):
     """{name: norm of the weight's first row}: within 1 % for the same base in any dtype."""
     return {name: m.weight[0].detach().float().norm().item() for name, m in linears.items()}
 
-def write_whole(path, save):
-    """Calls save(a temporary path) and renames it to `path`, which is the old file or the new one,
-    whatever happens. OSError where nothing can be written."""
-    temporary = path.with_name(path.name + ".tmp")
+def write_files(directory, files):
+    """Writes {name: tensors, JSON value, text or bytes}. All stand beside their places before the
+    first is replaced: each is the old file or the new one, whatever happens. OSError if not."""
+    folder = Path(directory)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)  # it may be a link to something else
-        save(temporary)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as e:
-        raise OSError(f"{path} cannot be written and is as it was before: {e}") from None
+        for name, value in files.items():
+            if name.endswith(".safetensors"):
+                value = safetensors.torch.save(value, {"format": "pt"})
+            if name.endswith(".json"):
+                value = json.dumps(value, indent=2) + "\n"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{name}.tmp").unlink(missing_ok=True)  # it may be a link to something else
+            (folder / f"{name}.tmp").write_bytes(value.encode() if type(value) is str else value)
+        for name in files:
+            os.replace(folder / f"{name}.tmp", folder / name)
+    except OSError as e:
+        raise OSError(f"{folder / name} cannot be written and is as it was before: {e}") from None
     finally:
-        with suppress(OSError):
-            temporary.unlink()
+        for name in files:
+            with suppress(OSError):
+                (folder / f"{name}.tmp").unlink()
 
-def write_json(path, value):
-    text = json.dumps(value, indent=2) + "\n"
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-def write_tensors(path, tensors):
-    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
+def read(path, parse):
+    """parse(path), with a ValueError that names the file where it is missing or broken."""
+    try:
+        return parse(path)
+    except (OSError, ValueError, TypeError, RecursionError, safetensors.SafetensorError) as e:
+        raise ValueError(f"{path} cannot be read: {e}") from None
 
 def read_json(path):
     return read(path, lambda p: dict(json.loads(p.read_text(encoding="utf-8"))))
 
 def read_tensors(path):
     """{name: tensor} of a safetensors file. ValueError if one is not of finite floats."""
-    tensors = read(path, load_file)
+    tensors = read(path, safetensors.torch.load_file)
     for name, t in tensors.items():
         refuse(not t.is_floating_point() or not t.isfinite().all(),
                f"{path} cannot be used: {name} ({t.dtype}) does not hold finite floats.")
     return tensors
-
-def read(path, parse):
-    """parse(path), with a ValueError that names the file where it is missing or broken."""
-    try:
-        return parse(path)
-    except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as e:
-        raise ValueError(f"{path} cannot be read: {e}") from None
-
-def read_weights(directory):
-    """All tensors of model.safetensors, or of the shards that its index names."""
-    index = directory / "model.safetensors.index.json"
-    if (directory / "model.safetensors").exists() or not index.exists():
-        return read_tensors(directory / "model.safetensors")
-    shards = read_json(index).get("weight_map")
-    named = isinstance(shards, dict) and all(isinstance(s, str) for s in shards.values())
-    refuse(not named or any(Path(s).name != s for s in shards.values()),
-           f"{index} names no shards, or one outside its own directory: it is no checkpoint's.")
-    weights = {}
-    for shard in sorted(set(shards.values())):
-        weights |= read_tensors(directory / shard)
-    return weights

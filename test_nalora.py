@@ -722,7 +722,8 @@ def ddp_rank(rank, world, port, path, stride):
         opt.step(), opt.zero_grad()
     tensors = {**snapshot(model), **{f"{name}/{k}": v for name, s in tool.state_dict()["ffns"].items() for k, v in s.items()}}
     save_file({k: v.contiguous() for k, v in tensors.items()}, f"{path}/{world}-{rank}.safetensors")
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    os._exit(0)                                                     # gloo's threads can abort an interpreter that shuts down
 
 
 def free_port():
@@ -991,16 +992,16 @@ def test_attention_is_causal():
 
 def test_sampling_stop_and_context():
     model, (tokens, _) = small_llama().eval(), batch(0, (3, 7))
-    assert torch.equal(model.generate(tokens, 5, temperature=0.7, top_k=1), model.generate(tokens, 5))
+    assert torch.equal(model.generate(tokens, 5, temperature=1e-3), model.generate(tokens, 5))
     draw = lambda seed, **kw: model.generate(tokens, 20, temperature=2.0, generator=torch.Generator().manual_seed(seed), **kw)
-    assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1)) and not torch.equal(draw(0), draw(0, top_k=2))
+    assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
     first = model.generate(tokens, 1)[:, -1]
     out = model.generate(tokens, 20, stop=first[0].item())
     row = out[0, 7:]
     assert (row == first[0]).all()
     assert torch.equal(model.generate(tokens[:1], 20, stop=first[0].item())[0, 7:], first[:1])
     with pytest.raises(ValueError, match="exceed the context of 64"):
-        model.generate(tokens, 58)
+        model.generate(tokens, 59)
     with pytest.raises(ValueError, match="65 tokens exceed the context"):
         model(torch.zeros(1, 65, dtype=torch.long))
     cache = [[], []]
@@ -1020,7 +1021,7 @@ def test_loss_is_the_mean_over_targets():
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_checkpoint_round_trip_and_shards(tmp_path, tied):
+def test_checkpoint_round_trip(tmp_path, tied):
     model, (tokens, _) = small_llama(tie_word_embeddings=tied), batch(0)
     model.save_pretrained(tmp_path / "whole")
     again = Llama.from_pretrained(tmp_path / "whole")
@@ -1028,18 +1029,6 @@ def test_checkpoint_round_trip_and_shards(tmp_path, tied):
     assert sorted(os.listdir(tmp_path / "whole")) == ["config.json", "model.safetensors"]
     weights = load_file(tmp_path / "whole" / "model.safetensors")
     assert ("lm_head.weight" in weights) != tied
-    (tmp_path / "shards").mkdir()
-    names = sorted(weights)
-    for i, part in enumerate((names[:7], names[7:])):
-        save_file({k: weights[k] for k in part}, tmp_path / "shards" / f"model-{i}.safetensors")
-    index = {"weight_map": {k: f"model-{int(k in names[7:])}.safetensors" for k in names}}
-    (tmp_path / "shards" / "model.safetensors.index.json").write_text(json.dumps(index))
-    shutil.copy(tmp_path / "whole" / "config.json", tmp_path / "shards")
-    assert torch.equal(Llama.from_pretrained(tmp_path / "shards")(tokens)[0], model(tokens)[0])
-    index["weight_map"][names[0]] = "../whole/model.safetensors"
-    (tmp_path / "shards" / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="outside its own directory"):
-        Llama.from_pretrained(tmp_path / "shards")
 
 
 def test_config_reads_both_rope_spellings():
@@ -1050,7 +1039,7 @@ def test_config_reads_both_rope_spellings():
 
 
 @pytest.mark.parametrize("change, named", [({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"), ({"sliding_window": 512}, "sliding_window"),
-                                           ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "rope_scaling = 'llama3'"), ({"model_type": "gemma"}, "model_type"),
+                                           ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "rope_type = 'llama3'"), ({"model_type": "gemma"}, "model_type"),
                                            ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"), ({"hidden_act": "tanh"}, "tanh"),
                                            ({"quantization_config": {"bits": 4}}, "quantization_config"), ({"num_key_value_heads": 3}, "num_key_value_heads"),
                                            ({"attention_dropout": 0.1}, "attention_dropout"), ({"vocab_size": None}, "vocab_size")])
@@ -1068,7 +1057,7 @@ def test_no_llama_has_such_a_config(tmp_path, change):
     small_llama().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
-    with pytest.raises(ValueError, match=f"{next(iter(change))}|rope_scaling and rope_parameters|The configuration lacks"):
+    with pytest.raises(ValueError, match=f"{next(iter(change))}|rope_type|The config lacks"):
         Llama.from_pretrained(tmp_path)
 
 
@@ -1093,7 +1082,7 @@ def test_broken_checkpoints_are_refused(tmp_path):
             Llama.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(whole)
     (tmp_path / "config.json").write_text(json.dumps({**json.loads((tmp_path / "config.json").read_text()), "num_hidden_layers": 3}))
-    with pytest.raises(ValueError, match=r"model.layers.2\S+ is missing"):
+    with pytest.raises(ValueError, match=r"do not fit its config.json\S* see .*model.layers.2"):
         Llama.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="lacks vocab_size"):
@@ -1173,9 +1162,9 @@ def test_an_adapter_unlike_the_lora_in_the_model_is_refused(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     target = tmp_path / "file.json"
-    nalora.write_json(target, {"a": 1})
+    nalora.write_files(tmp_path, {"file.json": {"a": 1}})
     with pytest.raises(TypeError):
-        nalora.write_json(target, {"a": object()})
+        nalora.write_files(tmp_path, {"other.json": {"b": 2}, "file.json": {"a": object()}})
     assert json.loads(target.read_text()) == {"a": 1} and os.listdir(tmp_path) == ["file.json"]
 
 
@@ -1448,16 +1437,19 @@ def test_a_death_while_a_file_is_written_costs_nothing(base, tmp_path, monkeypat
     class Death(BaseException):
         """Nothing catches it, as nothing catches kill -9."""
 
-    def dying(path, save, write=nalora.write_whole):
-        if path.name != name or path.parent.name == "whole":
-            return write(path, save)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save(path.with_name(path.name + ".tmp")) if moment == "before the rename" else path.with_name(path.name + ".tmp").write_bytes(b"half")
+    def dying(folder, files, write=nalora.write_files):
+        if name not in files or Path(folder).name == "whole":
+            return write(folder, files)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / f"{name}.tmp").write_bytes(b"half")
+        if moment == "before the rename":
+            for file in list(files)[:list(files).index(name)]:      # those before it stand already
+                write(folder, {file: files[file]})
         raise Death
 
     assert train_tiny.main(arguments(base, tmp_path / "whole")) == 0
     for module in (nalora, train_tiny):
-        monkeypatch.setattr(module, "write_whole", dying)
+        monkeypatch.setattr(module, "write_files", dying)
     with pytest.raises(Death):
         train_tiny.main(arguments(base, tmp_path / "cut"))
     monkeypatch.undo()
@@ -1619,9 +1611,9 @@ def test_a_spoiled_file_is_refused_with_a_sentence_or_read_whole(intact, base, t
 
 @pytest.mark.parametrize("spoil, message", [
     (lambda t, k: {**t, k: t[k].int()}, "int32"), (lambda t, k: {**t, k: t[k] * math.nan}, "finite"), (lambda t, k: {**t, k: t[k] / 0}, "finite"),
-    (lambda t, k: {**t, k: t[k].bool()}, "bool"), (lambda t, k: {**t, k.replace("layers.0", "layers.0/../.."): t[k].clone()}, "layers|does not fit|other module"),
-    (lambda t, k: {**t, "/etc/passwd": t[k].clone()}, "passwd|does not fit"), (lambda t, k: {**t, k: t[k][:1]}, "expected|does not fit"), (lambda t, k: {}, "missing|does not fit"),
-    (lambda t, k: {**t, k: t[k][None]}, "expected|does not fit")])
+    (lambda t, k: {**t, k: t[k].bool()}, "bool"), (lambda t, k: {**t, k.replace("layers.0", "layers.0/../.."): t[k].clone()}, "layers|not fit"),
+    (lambda t, k: {**t, "/etc/passwd": t[k].clone()}, "passwd|not fit"), (lambda t, k: {**t, k: t[k][:1]}, "not fit"), (lambda t, k: {}, "not fit"),
+    (lambda t, k: {**t, k: t[k][None]}, "not fit")])
 @pytest.mark.parametrize("file", ["adapter/adapter_model.safetensors", "base/model.safetensors"])
 def test_weights_that_are_not_weights_are_refused(intact, tmp_path, file, spoil, message):
     shutil.copytree(intact, tmp_path / "copy")

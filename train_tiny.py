@@ -31,7 +31,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from nalora import (Llama, LlamaConfig, NALoRA, NALoRAConfig, inject_lora, load_adapter,
-                    lora_parameters, read_json, save_adapter, write_json, write_whole)
+                    lora_parameters, read_json, save_adapter, write_files)
 
 DATA = Path(os.path.relpath(Path(__file__).resolve().parent)) / "data"
 RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # of torchrun
@@ -523,7 +523,7 @@ def train(run, out, state=None):
             print(f"{progress(record, c.steps)}  {left:4.0f} s left", flush=True)
         start = time.perf_counter()
     if RANK == 0:
-        write_lines(out / "metrics.jsonl", records)     # a kill may have come before it
+        write_files(out, {"metrics.jsonl": json_lines(records)})    # a kill may have come before
     return records, times
 
 
@@ -563,13 +563,11 @@ def save_checkpoint(run, out, step, records):
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest()
-    write_whole(out / "checkpoint.pt", lambda path: path.write_bytes(content))
-    write_lines(out / "metrics.jsonl", records)
+    write_files(out, {"checkpoint.pt": content, "metrics.jsonl": json_lines(records)})
 
 
-def write_lines(path, rows):
-    text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+def json_lines(rows):
+    return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
 
 
 def load_checkpoint(run, out):
@@ -641,7 +639,7 @@ def execute(c, out, resume=False, save=save_results, methods=METHODS):
         torch.distributed.barrier()         # all ranks have read before rank 0 writes
     if RANK == 0:
         out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "config.json", asdict(c))
+        write_files(out, {"config.json": asdict(c)})
     records, times = train(run, out, state)
     if RANK:
         return None
@@ -662,7 +660,7 @@ def execute(c, out, resume=False, save=save_results, methods=METHODS):
     summary |= {"wall_seconds": time.perf_counter() - began, "threads": torch.get_num_threads(),
                 "machine": platform.machine(), "python": platform.python_version(),
                 "torch": torch.__version__}
-    write_json(out / "summary.json", summary)
+    write_files(out, {"summary.json": summary})
     for problem, completion in zip(run.problems[:3], completions):
         wanted = problem.get("answer", problem["completion"])
         verdict = "right" if is_right(problem, completion) else f"wrong, {wanted} was asked for"
@@ -713,7 +711,7 @@ def run_all(args):
     print(f"\n{'method':10}" + "".join(f"{title:>13}" for title in columns))
     for method, summary in summaries.items():
         print(f"{method:10}" + "".join(f"{cell(summary[key]):>13}" for key in columns.values()))
-    write_json(args.out / "summary.json", {"runs": summaries})
+    write_files(args.out, {"summary.json": {"runs": summaries}})
     metrics = {m: (args.out / m / "metrics.jsonl").read_text().splitlines() for m in configs}
     draw_loss({m: list(map(json.loads, lines)) for m, lines in metrics.items()},
               args.out / "loss.png")
@@ -745,7 +743,9 @@ def new_figure(columns, width=9.0, height=3.2, rows=1):
 
 def save_figure(figure, path):
     import matplotlib.pyplot as plt
-    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=130)
+    write_files(path.parent, {path.name: picture.getvalue()})
     plt.close(figure)
 
 

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train_tiny
 from evidence import compare, controls, measures, report
 from evidence.measures import in_alternation, peak_memory_mb, reset_peak_memory, timed
-from nalora import (Llama, LlamaConfig, NALoRA, inject_lora, lora_parameters, read_json, write_json)
+from nalora import (Llama, LlamaConfig, NALoRA, inject_lora, lora_parameters, read_json, write_files)
 
 WARM_UP = 3  # rounds
 
@@ -223,10 +223,10 @@ def bench(args):
         "sizes": [{"layers": layers, "windows": windows, **step_of_size(layers, windows, rounds)}
                   for layers, windows in sizes],
         "start_seconds": quartiles(started), "problems": problems, "generation_seconds": seconds})
-    write_json(args.results / "bench.json", result)
+    write_files(args.results, {"bench.json": result})
     tables = report.bench_tables(read_json(args.results / "bench.json"))
     text = "\n\n".join(tables.values()) + "\n"
-    compare.write_text(args.results / "bench.md", text)
+    write_files(args.results, {"bench.md": text})
     print(f"\n{text}\nwritten to {args.results}")
 
 

@@ -15,7 +15,6 @@ import math
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import statistics
 import sys
@@ -29,7 +28,7 @@ import torch
 import train_tiny
 from evidence import controls, figures, measures, peers, report
 from evidence.controls import Config
-from nalora import read_json, write_json, write_whole
+from nalora import read_json, write_files
 
 controls.METHODS.update(peers.METHODS)
 METHODS = [name for name in controls.METHODS if name != "pretrain"]
@@ -181,7 +180,7 @@ def run_job(out, config, keep):
             summary.setdefault("peak_memory_mb", measures.peak_memory_mb(device))
         except train_tiny.Diverged as e:
             summary = {"val_loss": None, "diverged": str(e)}
-    write_json(out / "summary.json", summary)
+    write_files(out, {"summary.json": summary})
     weights = out / "model" / "model.safetensors"
     for path in [out / "checkpoint.pt"] + [weights] * (not keep):
         path.unlink(missing_ok=True)        # gigabytes for a real model
@@ -328,18 +327,14 @@ def compare(args):
         "tuning_seeds": args.tuning_seeds, "base": base, "rows": rows,
         "configuration": asdict(shown), "step_time": step_times(args, variants, jobs, summaries),
         "machine": measures.machine()})
-    write_json(args.results / "comparison.json", result)
+    write_files(args.results, {"comparison.json": result})
     result = read_json(args.results / "comparison.json")
-    write_text(args.results / "comparison.csv", report.csv_text(rows))
-    write_text(args.results / "comparison.md", report.markdown(result))
+    write_files(args.results, {"comparison.csv": report.csv_text(rows),
+                               "comparison.md": report.markdown(result)})
     figures.draw_comparison(result, args.results)
     if not args.sweep and "nalora" in variants:
         draw_at_work(args, variants["nalora"]["lr"], jobs)
     print(f"\n{report.markdown(result)}\nwritten to {args.results}")
-
-
-def write_text(path, text):
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def draw_at_work(args, lr, jobs):
@@ -350,7 +345,7 @@ def draw_at_work(args, lr, jobs):
         traces = {m: measures.trace(configure(args, m, lr=lr, seed=args.seeds[0]))
                   for m, name in names.items() if name in jobs}     # one rate: paths are compared
         figures.draw_at_work(traces, configure(args, "nalora").keep, figure)
-    write_whole(args.results / "at_work.png", lambda path: shutil.copyfile(figure, path))
+    write_files(args.results, {"at_work.png": figure.read_bytes()})
 
 
 def step_times(args, variants, jobs, summaries):
@@ -367,7 +362,7 @@ def step_times(args, variants, jobs, summaries):
             print(f"timing the steps of {label}", flush=True)
             own = jobs[f"{label} seed={args.seeds[0]}"][1]
             known[label] = measures.step_time_ratio(jobs[lora][1], own, pairs)
-            write_json(path, known)
+            write_files(args.out, {path.name: known})
     return {label: known[label] for label in variants}
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import train_tiny
 from evidence import controls, peers
 from nalora import (Llama, activation, effective_homogeneity, is_gated_ffn, merge_lora, read_json,
-                    selection_weight, value_and_slope, widen, write_json)
+                    selection_weight, value_and_slope, widen, write_files)
 from train_tiny import CheckpointTokenizer, arithmetic_accuracy, exact_match, mean_loss
 
 # what a row of comparison.json takes from a run's summary.json
@@ -231,8 +231,8 @@ def measured_model(out, bench, reference, full_seen):
     if not path.exists() or read_json(path).get("reference", "") != reference:
         model = trained_model(out)
         layers = selection_measures(bench.observe(model), bench.base_seen, full_seen)
-        write_json(path, {"reference": reference, "text_loss_increase": bench.forgetting(model),
-                          "layers": layers})
+        write_files(out, {path.name: {"reference": reference, "layers": layers,
+                                      "text_loss_increase": bench.forgetting(model)}})
     return read_json(path)
 
 

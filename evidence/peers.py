@@ -55,8 +55,7 @@ from nalora import (
     read_json,
     read_tensors,
     widen,
-    write_json,
-    write_tensors,
+    write_files,
 )
 
 PEERS = ("nora", "nora++", "loran", "dora", "rslora", "lora+", "pissa")
@@ -470,26 +469,23 @@ def save_adapter(model, directory, base_model=None, settings=None):
             "use_dora": True,
             "inference_mode": True,
         }
-        write_tensors(
-            directory / "adapter_model.safetensors",
-            {dora_key(name): t for name, t in tensors.items()},
-        )
-        write_json(directory / "adapter_config.json", config)
-        write_json(directory / "nalora.json", {"settings": settings, "base": base})
+        files = {
+            "adapter_model.safetensors": {dora_key(name): t for name, t in tensors.items()},
+            "adapter_config.json": config,
+            "nalora.json": {"settings": settings, "base": base},
+        }
+        write_files(directory, files)
         clear(directory, "peers.json", "peers.safetensors")
         return
-    write_tensors(directory / "peers.safetensors", tensors)
-    write_json(
-        directory / "peers.json",
-        {
-            "peer": ("nora++" if loras else "nora") if nora else "loran",
-            "targets": list(loras),
-            "rank": first.rank if first else 1,
-            "alpha": first.alpha if first else 1,
-            "settings": settings,
-            "base": base,
-        },
-    )
+    about = {
+        "peer": ("nora++" if loras else "nora") if nora else "loran",
+        "targets": list(loras),
+        "rank": first.rank if first else 1,
+        "alpha": first.alpha if first else 1,
+        "settings": settings,
+        "base": base,
+    }
+    write_files(directory, {"peers.safetensors": tensors, "peers.json": about})
     clear(directory, "adapter_model.safetensors", "adapter_config.json", "nalora.json")
 
 
@@ -554,7 +550,7 @@ def load_adapter(model, directory):
         if not config.get("use_dora"):
             return nalora.load_adapter(model, directory)
         tensors, peer = read_tensors(directory / "adapter_model.safetensors"), "dora"
-        rank, alpha = nalora.plain_rank_and_alpha(directory, {**config, "use_dora": False})
+        rank, alpha = nalora.plain_sizes({**config, "use_dora": False})
         names = [
             key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
             for key in tensors

@@ -18,7 +18,7 @@ from evidence import figures
 from evidence.controls import BLIND_MASKS, PRESETS
 from evidence.paired import COLUMNS, DIFFERENCES, by_seed, paired_difference, sweep_title
 from evidence.peers import PEERS
-from nalora import read_json, write_whole
+from nalora import read_json, write_files
 
 HERE = Path(os.path.relpath(Path(__file__).resolve().parent))
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -324,10 +324,7 @@ def report(results, readme):
                 "again with evidence.compare."
             )
     for name, comparison in comparisons.items():
-        write_whole(
-            results / name / "comparison.md",
-            lambda path: path.write_text(markdown(comparison), encoding="utf-8"),
-        )
+        write_files(results / name, {"comparison.md": markdown(comparison)})
         figures.draw_comparison(comparison, results / name, anew=True)
     whole = {
         c["base"]["path"]: c
@@ -340,12 +337,8 @@ def report(results, readme):
     )  # small ones first
     over_keep = [c for c in comparisons.values() if c["sweep"] == "keep"]
     figures.draw_sweeps(over_keep, results / "keep.png")
-    write_whole(
-        readme,
-        lambda path: path.write_text(
-            with_tables(readme.read_text(encoding="utf-8"), results), encoding="utf-8"
-        ),
-    )
+    text = with_tables(readme.read_text(encoding="utf-8"), results)
+    write_files(readme.parent, {readme.name: text})
     print(f"{readme} and the figures in {results} are made anew from {', '.join(comparisons)}.")
 
 
