@@ -85,6 +85,7 @@ MAP. Part I the method - Part II LoRA and the Llama - Part III wiring and files
 import json
 import math
 import os
+import re
 import warnings
 from collections import Counter
 from contextlib import suppress
@@ -207,7 +208,8 @@ def decide(state, sums, config):
 
 def correct(before, after, factor):
     """blend(before, after, factor), exact at 0 and 1; a factor above 1 goes beyond `after`."""
-    return torch.lerp(widen(before), widen(after), factor)
+    before = widen(before)
+    return torch.lerp(before, widen(after), factor.to(before))
 
 # ---- NALoRA: hooks around observe, decide and correct. FFNs of one width stand stacked (N, F) ----
 
@@ -233,36 +235,39 @@ class NALoRA:
         self._handles = []
         if self.config.mask == self.config.scale == "none":
             return  # plain LoRA
-        hook = torch.compiler.disable(self._after_gate)
         for stack in self._stacks:
-            for i, layer in enumerate(stack.gates):
-                self._handles.append(layer.register_forward_hook(partial(hook, stack, i)))
+            for i, gate in enumerate(stack.gates):
+                remove_unsteered(gate)
+                self._handles.append(gate.register_forward_hook(GateHook(self, stack, i)))
         self._handles += [self._optimizer.register_step_pre_hook(self._before_step),
                           self._optimizer.register_step_post_hook(self._after_step)]
         self._watch = Watch(self._stacks[0].gates[0], self._steered[0], self._handles)
         self._optimizer.nalora = self
 
-    def _after_gate(self, stack, i, gate, inputs, z):
+    def _after_gate(self, stack, i, gate, z):
         """Forward hook of gate i of a stack: keeps a sample of z. Evaluation leaves no trace."""
-        if gate.training and torch.is_grad_enabled():
-            check_token_mask(self.token_mask, z)
-            if self._before is None:  # else a closure runs inside the step
-                self._watch.look()
-            if i in stack.samples:  # another microbatch has begun
-                self._add_up()
-            every = self._every(stack.seen, i, z.shape[:-1].numel())
-            sample = z.detach().flatten(0, -2)[every]  # (T, F)
-            sample = sample.to(stack.state.importance.dtype, copy=True)
-            weight = sample.new_ones(len(sample))  # (T,)
-            if self.token_mask is not None:
-                weight = self.token_mask.flatten()[every].ne(0).to(weight)
-            stack.samples[i] = (sample, weight)
+        if self._before is None and self._watch.look():  # not by a closure, inside the step
+            self._forget()
+        tokens = z.shape[:-1].numel()
+        found = pass_to_observe(stack, i, gate, tokens, self.token_mask)
+        if found is None:
+            return
+        token_mask, start = found
+        check_token_mask(token_mask, z)
+        if i in stack.samples:  # another microbatch has begun
+            self._add_up()
+        every = self._every(start)
+        stack.seen[i] = max(stack.seen[i], start + tokens)
+        sample = z.detach().flatten(0, -2)[every]  # (T, F)
+        sample = sample.to(stack.state.importance, copy=True)
+        weight = sample.new_ones(len(sample))  # (T,)
+        if token_mask is not None:
+            weight = token_mask.flatten()[every].ne(0).to(weight)
+        stack.samples[i] = (sample, weight)
 
-    def _every(self, seen, key, tokens):
-        """The slice of the next `tokens` tokens that this step observes."""
-        first = (self._steps - seen[key]) % self.config.stride
-        seen[key] += tokens
-        return slice(first, None, self.config.stride)
+    def _every(self, start):
+        """The slice that this step observes of tokens whose first has number `start`."""
+        return slice((self._steps - start) % self.config.stride, None, self.config.stride)
 
     def _add_up(self):
         """Adds the sums of the last forward pass to those of the step, a stack at a time."""
@@ -285,14 +290,19 @@ class NALoRA:
             sum_over_ranks(self._stacks)
             self._decide()
             self._steps += 1
+        self._forget()
         before = iter(self._before)
         for stack in self._stacks:
-            stack.forget()
             rows, scales = (t.unbind() for t in self._factors(stack.state))  # (F, 1), 0-dim
             for p, i, is_gate_B in stack.steered:
                 p.copy_(correct(next(before), p, rows[i] if is_gate_B else scales[i]))
         self._before = None
-        self._watch.version = None
+
+    def _forget(self):
+        """Begins a step, or begins it anew when its gradients were thrown away."""
+        self._watch.versions = None
+        for stack in self._stacks:
+            stack.forget()
 
     # What a variant overrides: what is summed, what is decided, what a step is multiplied by.
 
@@ -331,6 +341,10 @@ class NALoRA:
                 for key, t in state["ffns"][name].items():
                     getattr(stack.state, key)[i] = t
 
+    def __reduce__(self):
+        raise TypeError("A NALoRA is not copied or pickled: make one for the copy of the model, "
+                        "and give it this one's state_dict().")
+
     def remove(self):
         """Takes every hook off. What follows is plain LoRA training."""
         while self._handles:
@@ -354,6 +368,19 @@ class LoRALinear(nn.Module):
         self.scaling = alpha / rank
         self.lora_A = nn.Parameter(nn.init.kaiming_uniform_(A, a=math.sqrt(5)))
         self.lora_B = nn.Parameter(A.new_zeros(base.out_features, rank))
+        self.in_features = base.in_features
+        self.out_features = base.out_features
+
+    @property
+    def weight(self):
+        """W + (alpha / rank) B A, (out, in), rounded once to W's dtype: what merge_lora writes, and
+        what code sees that asks a linear layer for its weight, as torch's own encoder does."""
+        W = self.base_layer.weight
+        return (widen(W) + self.scaling * (self.lora_B @ self.lora_A)).to(W.dtype)
+
+    @property
+    def bias(self):
+        return self.base_layer.bias
 
     def forward(self, x):  # (..., in)
         y = self.base_layer(x)  # (..., out)
@@ -541,7 +568,9 @@ class Llama(nn.Module):
         weights = read_tensors(Path(directory) / "model.safetensors")
         weights = {k: t for k, t in weights.items() if "rotary_emb" not in k}  # of old exports
         if config.tie_word_embeddings and "model.embed_tokens.weight" in weights:
-            weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+            embedding = weights["model.embed_tokens.weight"]
+            refuse(not torch.equal(weights.setdefault("lm_head.weight", embedding), embedding),
+                   f"{directory} ties lm_head to embed_tokens and stores two that differ.")
         with torch.device("meta"):  # compared before memory is asked for
             wrong = shapes(cls(config).state_dict()).items() ^ shapes(weights).items()
         refuse(wrong, f"The weights in {directory} do not fit its config.json: see "
@@ -580,16 +609,16 @@ def shapes(tensors):
     return {name: tuple(t.shape) for name, t in tensors.items()}
 
 class Stack:
-    """FFNs {name: module} of one width, device and activation; their states stand stacked."""
+    """FFNs of one width, device and activation; their states stand stacked."""
 
-    def __init__(self, ffns, gate):
+    def __init__(self, ffns):  # {name: (FFN, its gate)}
         self.names = list(ffns)
-        self.ffns = list(ffns.values())
-        self.gates = [getattr(ffn, gate) for ffn in self.ffns]
+        self.ffns, self.gates = zip(*ffns.values())
         self.act = activation(self.ffns[0])
         self.steered = []  # (parameter, which FFN, whether it is B_gate)
         for i, ffn in enumerate(self.ffns):
-            for layer in ffn.children():
+            layers = [m for name, m in own_modules(ffn).items() if "." not in name]
+            for layer in layers:
                 for A, B in lora_pairs(layer):
                     self.steered += [(B, i, layer is self.gates[i]), (A, i, False)]
         B = lora_pairs(self.gates[0])[0][1].detach()  # (F, rank)
@@ -603,6 +632,7 @@ class Stack:
     def forget(self):
         """Begins a step: nothing is observed yet."""
         self.samples = {}  # {i: (z (T, F), weight (T,))} of one forward pass
+        self.unseen = {}  # {i: [(token_mask, start, tokens)]} of passes without gradients
         self.seen = Counter()  # {i: tokens since the last step}
         score = torch.zeros_like(self.state.importance)  # (N, F)
         self.sums = GateSums(score, *score.new_zeros(4, len(score)))
@@ -618,22 +648,22 @@ def stack_ffns(model, gate):
     """Stacks of all FFNs whose gate carries LoRA. ValueError, with the reason, if there is none."""
     alike = {}
     leaf = gate.split(".")[-1]
-    for name, layer in model.named_modules():
+    modules = own_modules(model)
+    for name, layer in modules.items():
         if f".{name}".endswith(f".{gate}") and lora_pairs(layer):
             name = name.rpartition(".")[0]
-            ffn = model.get_submodule(name)
+            ffn = modules[name]
             act = activation(ffn)
             refuse(gate != "gate_proj" and act is None, f"{name} has no activation (act_fn, act).")
             if gate != "gate_proj" or is_gated_ffn(ffn):
                 B = lora_pairs(layer)[0][1]  # (F, rank)
-                name = name.replace("_orig_mod.", "").removeprefix("module.")  # compile, DDP
-                alike.setdefault((len(B), B.device, B.dtype, kind(act)), {})[name] = ffn
+                alike.setdefault((len(B), B.device, B.dtype, kind(act)), {})[name] = (ffn, layer)
     names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
     refuse(not alike and any("gate_up_proj" in name for name in names), "This model fuses gate and "
            "up into gate_up_proj, whose rows NA-LoRA cannot tell apart yet.")
     refuse(not alike, f"No gated FFN here has LoRA on its {leaf}: inject it first, and name the "
            "layer with gate=... if it is another.")
-    return [Stack(ffns, leaf) for ffns in alike.values()]
+    return list(map(Stack, alike.values()))
 
 def is_gated_ffn(module):
     parts = ("gate_proj", "up_proj", "down_proj")
@@ -694,13 +724,55 @@ def sum_over_ranks(stacks):
             for t in stack.sums:
                 torch.distributed.all_reduce(t)
 
+def pass_to_observe(stack, i, gate, tokens, token_mask):
+    """(token_mask, number of the first token) of a pass that gate i shall observe, else None, as in
+    evaluation. Gradient checkpointing computes a pass twice: one kind with gradients both times,
+    the other at first without, so that such a pass waits in `unseen` until backward comes to it."""
+    if not gate.training or getattr(gate, "disable_adapters", False):
+        return None
+    unseen = stack.unseen.setdefault(i, [])
+    if torch._C._current_graph_task_id() != -1:  # inside a backward pass
+        fits = [k for k, (_, _, size) in enumerate(unseen) if size == tokens]
+        return unseen.pop(fits[-1])[:2] if fits else None
+    start = stack.seen[i]
+    if torch.is_grad_enabled():
+        return token_mask, start
+    unseen.append((token_mask, start + sum(size for _, _, size in unseen), tokens))
+    return None
+
+class GateHook:
+    """The forward hook of one gate. A copy of the model, or a pickle of it, has Unsteered there."""
+
+    def __init__(self, tool, stack, i):
+        self.tool = tool
+        self.stack = stack
+        self.i = i
+
+    @torch.compiler.disable
+    def __call__(self, gate, inputs, z):
+        self.tool._after_gate(self.stack, self.i, gate, z)
+
+    def __reduce__(self):
+        return Unsteered, ()
+
+class Unsteered:
+    def __call__(self, gate, inputs, z):
+        if gate.training and torch.is_grad_enabled():
+            warnings.warn("This is a copy of a model that NALoRA steers; the copy trains as plain "
+                          "LoRA: make a NALoRA for it, or remove() the first before copying.")
+
+def remove_unsteered(gate):
+    for key, hook in list(gate._forward_hooks.items()):
+        if isinstance(hook, Unsteered):
+            del gate._forward_hooks[key]
+
 class Watch:
-    """Warns when training goes past NALoRA: a step without its hooks, or another adapter."""
+    """Notices what goes past NALoRA: steps without its hooks, other adapters, lost gradients."""
 
     def __init__(self, gate, parameter, handles):
         self.gate = gate
         self.parameter = parameter
-        self.version = None  # of the parameter after its last gradient; None: it just stepped
+        self.versions = None  # of the parameter and its gradient after the last backward pass
         self.adapters = self.active()
         handles.append(parameter.register_post_accumulate_grad_hook(self.after_grad))
 
@@ -708,17 +780,24 @@ class Watch:
         return [id(p) for pair in lora_pairs(self.gate) for p in pair]
 
     def after_grad(self, parameter):
-        self.version = parameter._version
+        self.versions = (parameter._version, parameter.grad._version)
 
     def look(self):
-        if self.version not in (None, self.parameter._version):
-            self.version = None
-            warnings.warn("The LoRA parameters moved, but NALoRA's hooks were not called: make it "
-                          "with the optimizer whose step() runs.")
-        if self.adapters != self.active():
+        """Warns of what is wrong; True if the gradients since the last step were thrown away."""
+        if self.adapters != self.active() and not getattr(self.gate, "disable_adapters", False):
             self.adapters = self.active()
             warnings.warn("Other adapters are active than when this NALoRA was made, and train as "
                           "plain LoRA: remove() it and make a new one.")
+        if self.versions is None:
+            return False
+        grad = self.parameter.grad
+        if self.versions[0] != self.parameter._version:
+            self.versions = None
+            warnings.warn("The LoRA parameters moved, but NALoRA's hooks were not called: make it "
+                          "with the optimizer whose step() runs.")
+        elif grad is None or (self.versions[1] != grad._version and not grad.any()):
+            return True
+        return False
 
 def inject_lora(model, targets, rank=8, alpha=16):
     """Puts a LoRALinear in the place of every nn.Linear that `targets` name, freezes all else and
@@ -733,13 +812,13 @@ def inject_lora(model, targets, rank=8, alpha=16):
                f"{', '.join(sorted({name.split('.')[-1] for name in linears}))}.")
         chosen |= matches
     refuse(not chosen, "No targets are given: name at least one linear layer, such as 'gate_proj'.")
-    for name in chosen:
-        check_size(linears[name], rank, alpha)
+    chosen = {name: m for name, m in linears.items() if name in chosen}  # in module order
+    refuse_shared(model, chosen)
+    for linear in chosen.values():
+        check_size(linear, rank, alpha)
     model.requires_grad_(False)
-    names = [name for name in linears if name in chosen]
-    for name in names:
-        model.set_submodule(name, LoRALinear(linears[name], rank, alpha))
-    return names
+    put(model, {linear: LoRALinear(linear, rank, alpha) for linear in chosen.values()})
+    return list(chosen)
 
 def check_size(linear, rank, alpha):
     most = min(linear.in_features, linear.out_features)
@@ -750,7 +829,7 @@ def check_size(linear, rank, alpha):
 
 def base_linears(model):
     """{name without LoRA: nn.Linear}."""
-    return {name.removesuffix(".base_layer"): m for name, m in model.named_modules()
+    return {name.removesuffix(".base_layer"): m for name, m in own_modules(model).items()
             if isinstance(m, nn.Linear)}
 
 def has_lora(model):
@@ -759,7 +838,7 @@ def has_lora(model):
 def lora_layers(model):
     """{module name: LoRALinear} in module order. ValueError if there is none."""
     refuse(not has_lora(model), "This model carries no LoRA (never injected, or merged already).")
-    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    return {name: m for name, m in own_modules(model).items() if isinstance(m, LoRALinear)}
 
 def lora_parameters(model):
     """[A, B, A, B, ...] in module order: what the optimizer trains."""
@@ -772,33 +851,72 @@ def merge_lora(model):
     no LoRA or a weight is quantized, tied or on the meta device."""
     layers = lora_layers(model)
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+    refuse_shared(model, layers)
     for name, layer in layers.items():
         weight = layer.base_layer.weight
         refuse(weight.is_meta or not weight.is_floating_point(), f"The weight of {name} is "
                "quantized or on the meta device: load the base in floating point to merge.")
         refuse(owners[id(weight)] > 1, f"{name} is tied to a layer that would change with it.")
     for name, layer in layers.items():
-        weight = layer.base_layer.weight
-        weight.copy_(widen(weight) + layer.scaling * (layer.lora_B @ layer.lora_A))
-        model.set_submodule(name, layer.base_layer)
+        layer.base_layer.weight.copy_(layer.weight)
+    put(model, {layer: layer.base_layer for layer in layers.values()})
     return list(layers)
 
-KEY = "base_model.model.{}.{}.weight"  # PEFT's name of a tensor
+def own_modules(model):
+    """{name: module} under the model's own names, whatever wrappers stand around its parts: of
+    torch.compile, DDP, FSDP or activation checkpointing."""
+    wrappers = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    modules = dict(model.named_modules())
+    skipped = {id(m.module) for m in modules.values() if isinstance(m, parallel)}
+    own = {"": ""}
+    for name, module in modules.items():
+        if name:
+            parent, _, part = name.rpartition(".")
+            skip = part in wrappers or id(module) in skipped
+            own[name] = own[parent] if skip else f"{own[parent]}.{part}".removeprefix(".")
+    return {own[name]: module for name, module in modules.items()}
+
+def put(model, new):
+    """Puts new[m] in the place of each module m."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if child in new:
+                setattr(parent, name, new[child])
+
+def refuse_shared(model, layers):
+    """ValueError if a layer of {name: layer} stands at several places, of which one name tells."""
+    places = Counter(id(child) for m in model.modules() for child in m._modules.values())
+    for name, layer in layers.items():
+        refuse(places[id(layer)] > 1, f"{name} stands at several places of the model: a change of "
+               "one would change all, and an adapter names one.")
 
 def save_adapter(model, directory, base_model=None, settings=None):
     """Writes adapter_model.safetensors and adapter_config.json as PEFT does, and nalora.json.
     base_model: name or path of the base, for PEFT; settings: any JSON value, for the record.
-    ValueError if the model has no LoRA, or LoRA of several sizes."""
+    ValueError, with nothing written, if that would not hold all that trains, or is no plain LoRA of
+    one size."""
     layers = lora_layers(model)
     sizes = {(layer.rank, layer.alpha) for layer in layers.values()}
     refuse(len(sizes) > 1, "The LoRA layers differ in rank or alpha: an adapter has one of each.")
     (rank, alpha), = sizes
-    tensors = {KEY.format(name, part): getattr(layer, part).detach()
+    refuse(any(type(layer) is not LoRALinear or layer.scaling != alpha / rank
+               for layer in layers.values()), "This is more than LoRA, or scaled otherwise.")
+    held = {id(p) for p in lora_parameters(model)}
+    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    refuse(others, f"{', '.join(others[:3])} would not be in the adapter, yet trains: freeze it, or "
+           "merge_lora(model) and save the model.")
+    whole = own_modules(model)[""]
+    writes = isinstance(whole, Llama) or hasattr(whole, "prepare_inputs_for_generation")
+    encodes = getattr(getattr(whole, "config", None), "is_encoder_decoder", False)
+    task = ("SEQ_2_SEQ_LM" if encodes else "CAUSAL_LM") if writes else None
+    tensors = {f"base_model.model.{name}.{part}.weight": getattr(layer, part).detach()
                for name, layer in layers.items() for part in ("lora_A", "lora_B")}
     targets = sorted({name.split(".")[-1] for name in layers})  # last parts, if they name no other
     if {name for name in base_linears(model) if name.split(".")[-1] in targets} != set(layers):
         targets = list(layers)
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model,
+    base_model = None if base_model is None else str(base_model)
+    config = {"peft_type": "LORA", "task_type": task, "base_model_name_or_path": base_model,
               "r": rank, "lora_alpha": alpha, "target_modules": targets, "lora_dropout": 0.0,
               "bias": "none", "inference_mode": True}
     base = fingerprint({name: layer.base_layer for name, layer in layers.items()})
@@ -810,14 +928,20 @@ def load_adapter(model, directory):
     Returns the module names. ValueError, with nothing changed, if a file is missing or broken, the
     adapter is more than plain LoRA, or its modules, sizes or base model are not this model's."""
     directory = Path(directory)
-    rank, alpha = plain_sizes(read_json(directory / "adapter_config.json"))
-    tensors = read_tensors(directory / "adapter_model.safetensors")
-    names = {k.removeprefix("base_model.model.").rpartition(".lora_")[0] for k in tensors}
+    config = read_json(directory / "adapter_config.json")
+    rank, alpha = plain_sizes(config)
+    stored = read_tensors(directory / "adapter_model.safetensors")
+    tensors = {key.removeprefix("base_model.model."): t for key, t in stored.items()}
+    names = {key.rpartition(".lora_")[0] for key in tensors}
     linears = {name: m for name, m in base_linears(model).items() if name in names}
-    fits = {KEY.format(name, "lora_A"): (rank, m.in_features) for name, m in linears.items()}
-    fits |= {KEY.format(name, "lora_B"): (m.out_features, rank) for name, m in linears.items()}
-    refuse(not tensors or shapes(tensors) != fits, f"The adapter in {directory} (rank {rank}) does "
-           "not fit this model: other module names or shapes.")
+    fits = {f"{name}.lora_A.weight": (rank, m.in_features) for name, m in linears.items()}
+    fits |= {f"{name}.lora_B.weight": (m.out_features, rank) for name, m in linears.items()}
+    refuse(not tensors or shapes(tensors) != fits or len(tensors) < len(stored), "The adapter in "
+           f"{directory} (rank {rank}) does not fit this model: other module names or shapes.")
+    claimed = {n for n in base_linears(model) if claims(config.get("target_modules"), n)}
+    partly = any(config.get(k) for k in ("layers_to_transform", "exclude_modules"))
+    refuse(names - claimed or claimed - names and not partly, f"The adapter in {directory} is not "
+           "complete: target_modules names other layers than its tensors.")
     if (directory / "nalora.json").exists():
         norms = read_json(directory / "nalora.json").get("base")
         refuse(not isinstance(norms, dict) or not all(type(x) is float for x in norms.values()),
@@ -832,19 +956,32 @@ def load_adapter(model, directory):
            f"The adapter in {directory} differs from the LoRA already in the model.")
     with torch.no_grad():
         for name, layer in layers.items():
-            layer.lora_A.copy_(tensors[KEY.format(name, "lora_A")])
-            layer.lora_B.copy_(tensors[KEY.format(name, "lora_B")])
+            layer.lora_A.copy_(tensors[f"{name}.lora_A.weight"])
+            layer.lora_B.copy_(tensors[f"{name}.lora_B.weight"])
     return list(layers)
 
+def claims(targets, name):
+    """Whether PEFT's target_modules, a list of names or one regular expression, name a module."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(f".{name}".endswith(f".{target}") for target in targets or ())
+
+# What an adapter_config.json may say of plain LoRA: anything here, these values there, else nothing.
+TOLD = ("r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "task_type",
+        "layers_pattern", "base_model_name_or_path", "revision", "inference_mode", "peft_version",
+        "auto_mapping", "lora_dropout", "megatron_core", "runtime_config", "qalora_group_size")
+NEUTRAL = {"peft_type": "LORA", "bias": "none", "init_lora_weights": True}
+
 def plain_sizes(config):
-    """(rank, alpha) of an adapter_config.json. ValueError if it is more than plain LoRA."""
-    more = [k for k in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern",
-                        "alpha_pattern", "fan_in_fan_out") if config.get(k)]
+    """(rank, alpha) of an adapter_config.json. ValueError if it may be more than plain LoRA."""
+    inert = ("gaussian", "eva", "orthogonal")  # these begin otherwise, on the same base
+    more = [key for key, value in {"peft_type": None, **config}.items() if key not in TOLD
+            and value != NEUTRAL.get(key) and (value or key == "peft_type")
+            and not (key == "init_lora_weights" and value in inert)]
     sizes = [config.get(k) for k in ("r", "lora_alpha")]
-    plain = all(isinstance(size, (int, float)) and 0 < size < 1e12 for size in sizes)
-    plain = plain and config.get("peft_type") == "LORA" and config.get("bias", "none") == "none"
-    refuse(more or not plain, "adapter_config.json is of no plain LoRA adapter: see "
-           f"{', '.join(more) or 'peft_type, bias, r, lora_alpha'}.")
+    sound = all(isinstance(size, (int, float)) and 0 < size < 1e12 for size in sizes)
+    refuse(more or not sound, "adapter_config.json is of no plain LoRA adapter: see "
+           f"{', '.join(more) or 'r, lora_alpha'}.")
     return sizes
 
 def fingerprint(linears):
@@ -866,6 +1003,8 @@ def write_files(directory, files):
             (folder / f"{name}.tmp").write_bytes(value.encode() if type(value) is str else value)
         for name in files:
             os.replace(folder / f"{name}.tmp", folder / name)
+    except TypeError as e:
+        raise ValueError(f"{name} cannot hold that: {e}") from None
     except OSError as e:
         raise OSError(f"{folder / name} cannot be written and is as it was before: {e}") from None
     finally:
@@ -883,10 +1022,12 @@ def read(path, parse):
 def read_json(path):
     return read(path, lambda p: dict(json.loads(p.read_text(encoding="utf-8"))))
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 def read_tensors(path):
     """{name: tensor} of a safetensors file. ValueError if one is not of finite floats."""
     tensors = read(path, safetensors.torch.load_file)
     for name, t in tensors.items():
-        refuse(not t.is_floating_point() or not t.isfinite().all(),
+        refuse(t.dtype not in FLOATS or not t.isfinite().all(),
                f"{path} cannot be used: {name} ({t.dtype}) does not hold finite floats.")
     return tensors

@@ -1,5 +1,6 @@
 """The executable specification of nalora.py and train_tiny.py, in their order. Run: pytest test_nalora.py. Offline, CPU."""
 import copy
+import functools
 import importlib.util
 import io
 import json
@@ -14,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -1163,7 +1165,7 @@ def test_an_adapter_unlike_the_lora_in_the_model_is_refused(tmp_path):
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     target = tmp_path / "file.json"
     nalora.write_files(tmp_path, {"file.json": {"a": 1}})
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="file.json cannot hold that"):
         nalora.write_files(tmp_path, {"other.json": {"b": 2}, "file.json": {"a": object()}})
     assert json.loads(target.read_text()) == {"a": 1} and os.listdir(tmp_path) == ["file.json"]
 
@@ -1232,7 +1234,8 @@ def test_make_data_makes_what_is_committed():
     documents, held_out, equations = make_data.pretraining_text()
     assert "\n".join(documents) + "\n" == (HERE / "data" / "pretrain.txt").read_text()
     assert "\n".join(held_out) + "\n" == (HERE / "data" / "pretrain_val.txt").read_text()
-    assert make_data.split_problems() == SPLITS
+    unnumbered = {split: [{k: v for k, v in p.items() if k != "line"} for p in SPLITS[split]] for split in SPLITS}
+    assert make_data.split_problems() == unnumbered
     assert [(p["prompt"], p["answer"]) for p in train_tiny.read_problems(HERE / "data" / "arithmetic.jsonl")] == equations
 
 
@@ -1676,7 +1679,7 @@ def test_corrupt_data_names_file_and_line(base, tmp_path, capsys):
     shutil.copytree(HERE / "data", data, ignore=shutil.ignore_patterns("base", "*.py", "__pycache__"))
     lines = (data / "train.jsonl").read_text().splitlines()
     too_long = json.dumps({"prompt": "Ann " * 300, "completion": "1.", "answer": 1})
-    for bad in (too_long, '{"prompt": "x"', '{"prompt": "x", "completion": "y"}', '{"prompt": 1, "completion": "y", "answer": 2}', "", "7"):
+    for bad in (too_long, '{"prompt": "x"', '{"prompt": "x", "completion": "y"}', '{"prompt": 1, "completion": "y", "answer": 2}', "[]", "7"):
         (data / "train.jsonl").write_text("\n".join([*lines[:6], bad, *lines[7:]]))
         assert train_tiny.main([*arguments(base, tmp_path / "run"), "--data", str(data)]) == 2
         assert "train.jsonl, line 7:" in capsys.readouterr().err
@@ -1731,8 +1734,10 @@ def test_one_file_of_prompts_and_completions(base, tmp_path, capsys):
     lines = [json.dumps({"prompt": f"{i}-0=", "completion": f"{i}."}) for i in range(40)]
     (tmp_path / "mine.jsonl").write_text("\n".join(lines))
     splits = train_tiny.read_splits(tmp_path / "mine.jsonl")
-    assert [p["prompt"] for p in splits["test"]] == ["0-0=", "10-0=", "20-0=", "30-0="] and [p["prompt"] for p in splits["val"]][:2] == ["1-0=", "11-0="]
-    assert len(splits["train"]) == 32
+    assert {split: len(problems) for split, problems in splits.items()} == {"train": 32, "val": 4, "test": 4}
+    assert sorted(p["line"] for problems in splits.values() for p in problems) == list(range(1, 41))
+    assert all(p["prompt"] == f"{p['line'] - 1}-0=" for problems in splits.values() for p in problems)
+    assert splits == train_tiny.read_splits(tmp_path / "mine.jsonl")    # drawn always alike
     assert train_tiny.main([*arguments(base, tmp_path / "run"), "--data", str(tmp_path / "mine.jsonl")]) == 0
     assert "exact match" in capsys.readouterr().out
     assert train_tiny.is_right({"completion": "7."}, " 7. ") and not train_tiny.is_right({"completion": "7."}, "8.")
@@ -2103,3 +2108,393 @@ if all(importlib.util.find_spec(name) for name in ("transformers", "peft", "acce
             prompt = tokens[:, :40]
             text = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=24, do_sample=False)
             assert torch.equal(ours.generate(prompt, 24, stop=tokenizer.eos_token_id)[:, :text.size(1)], text)
+
+
+# ---- hooks: whose they are, and when they count --------------------------------------------------
+
+def state_of(tool):
+    return {f"{n}/{k}": t for n, s in tool.state_dict()["ffns"].items() for k, t in s.items()}
+
+
+@pytest.mark.parametrize("kind", ["zero_grad", "zeros in place", "GradScaler"])
+def test_a_pass_whose_gradients_are_thrown_away_leaves_nothing(kind):
+    states = []
+    for thrown in (False, True):
+        model, opt, tool = start(NALoRAConfig(stride=1, keep=0.25))
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0, enabled=kind == "GradScaler")
+        take_step(model, opt, 7)
+        if thrown:
+            loss = model(*batch(5))[1] * (math.inf if kind == "GradScaler" else 1)
+            scaler.scale(loss).backward()
+            if kind == "GradScaler":
+                scaler.step(opt)
+                scaler.update()
+            opt.zero_grad(set_to_none=kind != "zeros in place")
+        for microbatch in (0, 1):           # two that count
+            scaler.scale(model(*batch(microbatch))[1]).backward()
+        scaler.step(opt)
+        states.append(state_of(tool))
+    assert equal(*states)
+
+
+def checkpointed(model, reentrant):
+    """The model with every block under gradient checkpointing."""
+    for block in model.model.layers:
+        block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward,
+                                          use_reentrant=reentrant)
+    embed = model.model.embed_tokens
+    embed.register_forward_hook(lambda module, inputs, x: x.requires_grad_())
+    return model
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputation_sees_the_mask_and_the_tokens_of_its_own_pass(reentrant):
+    states = []
+    for again in (False, True):
+        model = checkpointed(lora_llama(), reentrant) if again else lora_llama()
+        model, opt, tool = start(NALoRAConfig(stride=3, keep=0.25), model)
+        for step in range(2):
+            total = 0
+            for i, shape in enumerate(((4, 14), (4, 14))):          # two passes, one backward
+                tokens, targets = batch(10 * step + i, shape)
+                tool.token_mask = torch.arange(shape[1]) < 6 + i + torch.arange(4)[:, None]
+                total = total + model(tokens, targets)[1]
+            total.backward()
+            opt.step()
+            opt.zero_grad()
+        states.append(state_of(tool))
+    assert all(torch.allclose(states[0][k].float(), states[1][k].float(), rtol=1e-5)
+               for k in states[0])
+    assert not torch.isnan(states[0]["model.layers.0.mlp/k_hat"])
+
+
+def test_a_copy_of_a_steered_model_disturbs_nothing_and_says_that_it_is_not_steered():
+    ends = []
+    for copied in (False, True):
+        model, opt, tool = start(NALoRAConfig(stride=1))
+        take_step(model, opt, 0)
+        if copied:
+            buffer = io.BytesIO()
+            torch.save(model, buffer)
+            buffer.seek(0)
+            for other in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+                other_opt = torch.optim.AdamW(lora_parameters(other), lr=0.1)
+                with pytest.warns(UserWarning, match="the copy trains as plain LoRA"):
+                    take_step(other, other_opt, 5)
+                NALoRA(other, other_opt, NALoRAConfig(stride=1)).load_state_dict(tool.state_dict())
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")
+                    take_step(other, other_opt, 6)
+            with pytest.raises(TypeError, match="not copied or pickled"):
+                copy.deepcopy((model, opt, tool))
+        take_step(model, opt, 1)
+        ends.append({**snapshot(model), **state_of(tool)})
+    assert equal(*ends)
+
+
+def test_a_cast_after_nalora_was_made_is_followed():
+    model, opt, tool = start(NALoRAConfig(stride=1, keep=0.25))
+    model.double()
+    before = snapshot(model)
+    take_step(model, opt, 0)
+    for name, s in tool.statistics().items():
+        moved = (snapshot(model)[f"{name}.gate_proj.lora_B"] != before[f"{name}.gate_proj.lora_B"])
+        assert torch.equal(moved.any(1), s["mask"])
+
+
+# ---- adapters: what is told, what is held --------------------------------------------------------
+
+
+@pytest.mark.parametrize("change, named", [
+    ({"init_lora_weights": "pissa"}, "init_lora_weights"), ({"use_rslora": True}, "use_rslora"),
+    ({"init_lora_weights": "olora"}, "init_lora_weights"), ({"bias": "all"}, "bias"),
+    ({"of_tomorrow": 3}, "of_tomorrow"), ({"lora_bias": True}, "lora_bias"),
+    ({"target_parameters": ["x"]}, "target_parameters"), ({"peft_type": None}, "peft_type"),
+    ({"init_lora_weights": "eva"}, ""), ({"init_lora_weights": False}, ""),
+    ({"of_tomorrow": None, "of_the_day_after": [], "use_dora": False, "alpha_pattern": {}}, ""),
+    ({"runtime_config": {"ephemeral_gpu_offload": False}, "lora_dropout": 0.1}, ""),
+    ({"target_modules": FFN + ["q_proj"]}, "not complete"),
+    ({"target_modules": ["gate_proj"]}, "not complete"), ({"target_modules": None}, "not complete"),
+    ({"target_modules": r".*\.mlp\.(gate|up|down)_proj"}, ""),
+    ({"target_modules": r".*\.(q|gate|up|down)_proj"}, "not complete"),
+    ({"target_modules": FFN + ["q_proj"], "exclude_modules": ["q_proj"]}, "")], ids=str)
+def test_an_adapter_is_what_it_says_or_refused(tmp_path, change, named):
+    save_adapter(trained_lora(), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **change}))
+    model = small_llama()
+    if not named:
+        assert len(load_adapter(model, tmp_path)) == 6
+        return
+    with pytest.raises(ValueError, match=named):
+        load_adapter(model, tmp_path)
+    assert not nalora.has_lora(model)
+
+
+def test_keys_without_prefix_are_read_and_none_is_thrown_away(tmp_path):
+    model, (tokens, _) = trained_lora(), batch(1)
+    save_adapter(model, tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    bare = {k.removeprefix("base_model.model."): t for k, t in tensors.items()}
+    save_file(bare, path)
+    fresh = small_llama()
+    load_adapter(fresh, tmp_path)
+    assert torch.equal(fresh(tokens)[0], model(tokens)[0])
+    save_file({**tensors, **{k: t + 1 for k, t in bare.items()}}, path)     # which one holds?
+    with pytest.raises(ValueError, match="does not fit"):
+        load_adapter(small_llama(), tmp_path)
+
+
+def test_tied_weights_stored_twice_must_agree(tmp_path):
+    model = small_llama(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    for shift in (0, 1):
+        head = weights["model.embed_tokens.weight"] + shift
+        save_file({**weights, "lm_head.weight": head}, tmp_path / "model.safetensors")
+        if shift:
+            with pytest.raises(ValueError, match="two that differ"):
+                Llama.from_pretrained(tmp_path)
+        else:
+            assert equal(Llama.from_pretrained(tmp_path).state_dict(), model.state_dict())
+
+
+def test_names_are_the_models_own_under_every_wrapper(tmp_path):
+    from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
+
+    def compiled_ffns(model):
+        for layer in model.model.layers:
+            layer.mlp = torch.compile(layer.mlp, backend="eager")
+        return model
+
+    def checkpoints(model):
+        checkpoint_wrapper.apply_activation_checkpointing(
+            model, check_fn=lambda m: type(m).__name__ in ("Block", "LoRALinear"))
+        return model
+
+    def parallel_ffn(model):
+        model.model.layers[1].mlp = nn.DataParallel(model.model.layers[1].mlp)
+        return model
+
+    wrappers = [compiled_ffns, checkpoints, parallel_ffn, nn.DataParallel,
+                lambda m: torch.compile(nn.DataParallel(m), backend="eager")]
+    plain, (tokens, _) = trained_lora(), batch(0)
+    save_adapter(plain, tmp_path / "plain")
+    opt = torch.optim.AdamW(lora_parameters(plain))
+    state = NALoRA(plain, opt).state_dict()
+    for wrap in wrappers:
+        model = wrap(trained_lora())
+        save_adapter(model, tmp_path / "wrapped")
+        for file in ("adapter_model.safetensors", "adapter_config.json", "nalora.json"):
+            assert (tmp_path / "wrapped" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
+        NALoRA(model, torch.optim.AdamW(lora_parameters(model))).load_state_dict(state)
+        fresh = wrap(small_llama())
+        load_adapter(fresh, tmp_path / "plain")
+        wanted = plain(tokens)[0]
+        torch.testing.assert_close(fresh(tokens)[0], wanted)
+        merge_lora(fresh)
+        torch.testing.assert_close(fresh(tokens)[0], wanted)
+        assert not nalora.has_lora(fresh)
+
+
+def test_what_an_adapter_would_not_hold_is_refused(tmp_path):
+    model = trained_lora()
+    model.model.norm.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="model.norm.weight would not be in the adapter"):
+        save_adapter(model, tmp_path / "a")
+
+    class More(LoRALinear):
+        pass
+
+    model = trained_lora()
+    model.model.layers[0].mlp.gate_proj.__class__ = More
+    with pytest.raises(ValueError, match="more than LoRA"):
+        save_adapter(model, tmp_path / "a")
+    model = trained_lora()
+    model.model.layers[0].mlp.gate_proj.scaling *= 2
+    with pytest.raises(ValueError, match="scaled otherwise"):
+        save_adapter(model, tmp_path / "a")
+    with pytest.raises(ValueError, match="cannot hold"):
+        save_adapter(trained_lora(), tmp_path / "a", settings={"x": object()})
+    assert not list(tmp_path.rglob("*.*"))
+    save_adapter(trained_lora(), tmp_path / "a", base_model=Path("some/base"))
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "some/base" and config["task_type"] == "CAUSAL_LM"
+    classifier = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+    inject_lora(classifier, ["0"], 2, 4)
+    save_adapter(classifier, tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "adapter_config.json").read_text())["task_type"] is None
+
+
+def test_two_files_are_both_old_or_both_serialised(tmp_path):
+    nalora.write_files(tmp_path, {"a.json": 1, "b.json": 2})
+    with pytest.raises(ValueError, match="b.json cannot hold"):
+        nalora.write_files(tmp_path, {"a.json": 3, "b.json": {1, 2}})
+    assert [(tmp_path / n).read_text() for n in ("a.json", "b.json")] == ["1\n", "2\n"]
+    assert sorted(os.listdir(tmp_path)) == ["a.json", "b.json"]
+
+
+def test_float8_is_refused_in_a_sentence(tmp_path):
+    small_llama().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    save_file({k: t.to(torch.float8_e4m3fn) for k, t in load_file(path).items()}, path)
+    with pytest.raises(ValueError, match="float8_e4m3fn"):
+        Llama.from_pretrained(tmp_path)
+
+
+# ---- layers --------------------------------------------------------------------------------------
+
+
+def test_a_layer_at_two_places_is_refused():
+    shared = nn.Linear(8, 8)
+    model = nn.ModuleDict({"a": nn.Sequential(shared), "b": nn.Sequential(shared)})
+    with pytest.raises(ValueError, match="several places"):
+        inject_lora(model, ["a.0"], 2, 4)
+    assert not nalora.has_lora(model) and shared.weight.requires_grad
+    model["b"][0] = nn.Linear(8, 8)
+    inject_lora(model, ["a.0"], 2, 4)
+    model["b"][0] = model["a"][0]
+    with pytest.raises(ValueError, match="several places"):
+        merge_lora(model)
+
+
+def test_code_that_asks_for_weight_and_bias_finds_lora_in_them():
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0)
+    attention = nn.MultiheadAttention(32, 4, batch_first=True)
+    x = torch.randn(2, 5, 32)
+    for model, targets, call in ((encoder, ["linear1", "linear2"], lambda: encoder(x)),
+                                 (attention, ["out_proj"], lambda: attention(x, x, x)[0])):
+        plain = call().detach()
+        inject_lora(model, targets, 4, 8)
+        for p in lora_parameters(model):
+            nn.init.normal_(p, std=0.2)
+        slow = call()                       # with gradients: no fast path
+        slow.sum().backward()
+        assert all(p.grad.abs().sum() > 0 for p in lora_parameters(model))
+        with torch.no_grad():
+            fast = model.eval() and call()
+        assert not torch.allclose(fast, plain, atol=1e-3)
+        torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-5)
+        layer = next(iter(nalora.lora_layers(model).values()))
+        assert (layer.in_features, layer.out_features) == layer.base_layer.weight.shape[::-1]
+        assert layer.bias is layer.base_layer.bias
+
+
+# ---- train_tiny.py does what it trained ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("given, said, answer, right", [
+    ("54.", "54.", 54, True), ("54.", "45.", 54, False), ("6*12=72\n#### 72", "#### 72", 72, True),
+    ("#### 72", "72", 72, False), ("The answer is 16.", "The answer is 16.", 16, True),
+    ("The answer is 16.", "16", 16, False), ("The answer is 1.", "The answer is 1,234.", 1, False),
+    ("The answer is 5.", "The answer is 1,234.", 1234, True), ("x", "It is 12.5.", 12.5, True),
+    ("The answer is 12.", "The answer is 12.5.", 12, False), ("x", "5-3=2", 2, True),
+    ("The answer is 7.", "The answer is $72.", 72, True), ("x", "it is -$7", -7, True),
+    ("x", "no number", 0, False), ("x", "1, 2", 2, True), ("x", "9007199254740993", 2**53 + 1, True)])
+def test_a_number_is_read_as_the_data_writes_it(given, said, answer, right):
+    assert train_tiny.is_right({"prompt": "?", "completion": given, "answer": answer}, said) is right
+
+
+def test_json_lines_are_split_at_line_feeds_alone(tmp_path):
+    path = tmp_path / "own.jsonl"
+    row = '{{"prompt": "1{}1=", "completion": "2."}}'.format
+    for c in "\u2028\u2029\x85\x0b\x0c\x1c":
+        text = row(c) if ord(c) > 31 else row(json.dumps(c)[1:-1])
+        path.write_text(f"\ufeff{text}\r\n\n  \n{row('+')}\n\n", encoding="utf-8")
+        problems = train_tiny.read_problems(path, answers=False)
+        assert [(p["prompt"], p["line"]) for p in problems] == [(f"1{c}1=", 1), ("1+1=", 4)]
+    path.write_text(row("\\ud83d") + "\n" + row("\\ud83d\\ude00") + "\n")
+    problems = train_tiny.read_problems(path, answers=False)
+    assert [p["prompt"] for p in problems] == ["1\ufffd1=", "1\U0001f6001="]
+
+
+def test_a_split_is_drawn_and_an_error_names_the_line_of_the_file(base, tmp_path, capsys):
+    path = tmp_path / "own.jsonl"
+    rows = [{"prompt": f"{i % 10} {i}", "completion": "x"} for i in range(200)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    kinds = {split: {p["prompt"][0] for p in problems}
+             for split, problems in train_tiny.read_splits(path).items()}
+    assert len(kinds["test"]) > 5 and len(kinds["train"]) == 10
+    rows.sort(key=lambda row: row["prompt"])                        # kind after kind
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert len({p["prompt"][0] for p in train_tiny.read_splits(path)["test"]}) > 5
+    rows[15]["prompt"] *= 300
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert train_tiny.main([*arguments(base, tmp_path / "run"), "--data", str(path)]) == 2
+    assert "own.jsonl, line 16:" in capsys.readouterr().err
+
+
+def test_a_sample_is_asked_as_training_asked(base, tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def solve(model, tokenizer, prompts, max_new_tokens, solve=train_tiny.solve):
+        asked.append((prompts, max_new_tokens))
+        return solve(model, tokenizer, prompts, max_new_tokens)
+
+    for ending, given, wanted in (("=", "1+1=", "1+1="), ("\n", "1+1", "1+1\n"), (" ", " 1 ", " 1 ")):
+        rows = [{"prompt": f"{i}+1{ending}", "completion": "2" * 40} for i in range(30)]
+        out = tmp_path / f"run{ord(ending)}"
+        (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        command = [*arguments(base, out), "--data", str(tmp_path / "own.jsonl")]
+        assert train_tiny.main(command) == 0
+        monkeypatch.setattr(train_tiny, "solve", solve)
+        assert train_tiny.main(["--out", str(out), "--sample", given]) == 0
+        monkeypatch.undo()
+        assert asked.pop() == ([wanted], 41)    # 40 tokens and the end
+
+
+@pytest.mark.parametrize("changed", ["data", "base"])
+def test_a_run_is_not_resumed_on_other_data_or_another_base(base, tmp_path, capsys, changed):
+    shutil.copytree(base, tmp_path / "base")
+    rows = [json.dumps({"prompt": f"{i}+1=", "completion": "2."}) for i in range(30)]
+    (tmp_path / "own.jsonl").write_text("\n".join(rows))
+    command = [*arguments(tmp_path / "base", tmp_path / "run"), "--data", str(tmp_path / "own.jsonl")]
+    assert train_tiny.main(command) == 0
+    (tmp_path / "run" / "summary.json").unlink()
+    assert train_tiny.main([*command, "--resume"]) == 0
+    (tmp_path / "run" / "summary.json").unlink()
+    if changed == "data":
+        (tmp_path / "own.jsonl").write_text("\n".join(rows[1:] + rows[:1]))
+    else:
+        model = Llama.from_pretrained(tmp_path / "base")
+        model.model.norm.weight.data[0] += 1e-3
+        model.save_pretrained(tmp_path / "base")
+    assert train_tiny.main([*command, "--resume"]) == 2
+    assert "the data or the base model has changed" in capsys.readouterr().err
+
+
+def test_a_terminal_that_cannot_print_a_text_ends_no_run(base, tmp_path):
+    rows = [{"prompt": f"{i} caf\u00e9 \U0001f600 ", "completion": "2."} for i in range(30)]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = [sys.executable, "train_tiny.py", *arguments(base, tmp_path / "run"),
+               "--data", str(tmp_path / "own.jsonl")]
+    run = subprocess.run(command, cwd=HERE, capture_output=True, text=True,
+                         env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert run.returncode == 0 and "caf\\xe9" in run.stdout, run.stderr
+
+
+def test_interop_begin_and_end_tokens_stand_once_and_where_they_belong(tmp_path):
+    pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+    for template in ("<s> $A", "<s> $A </s>", "$A </s>", "$A"):
+        t = Tokenizer(models.BPE())
+        t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        t.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        t.train_from_iterator(["12+34=46"], trainers.BpeTrainer(
+            vocab_size=260, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet))
+        t.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[("<s>", 0), ("</s>", 1)])
+        fast = PreTrainedTokenizerFast(tokenizer_object=t, bos_token="<s>", eos_token="</s>")
+        fast.save_pretrained(tmp_path)
+        tokenizer = train_tiny.CheckpointTokenizer(tmp_path)
+        for prompt, completion in (("12+34=", "46"), ("<s>12+34=", "46</s>")):
+            problem = {"prompt": prompt, "completion": completion}
+            ids, count = train_tiny.encode_problem(tokenizer, problem)
+            begins = template.startswith("<s>") or prompt.startswith("<s>")
+            assert ids.count(0) == begins and ids[0] == 0 if begins else 0 not in ids
+            assert ids.count(1) == 1 and ids[-1] == 1
+            assert tokenizer.decode(ids[count:-1]) == "46"

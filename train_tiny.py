@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -242,9 +243,12 @@ class CheckpointTokenizer:
             raise ValueError(f"The tokenizer in {directory} has no end-of-sequence token.")
         self.n_vocab = len(self.tokenizer)
         self.eot_token = self.tokenizer.eos_token_id
-        self.opening = self.tokenizer("").input_ids     # what it puts before a text by itself
         self.decode = self.tokenizer.decode
         self.encode_ordinary = partial(self.tokenizer.encode, add_special_tokens=False)
+        plain = self.encode_ordinary("1")
+        dressed = self.tokenizer("1").input_ids
+        starts = [i for i in range(len(dressed)) if dressed[i:i + len(plain)] == plain]
+        self.opening = dressed[:starts[0]] if starts else []    # what it puts before a text
 
 
 def tokenizer_of(base, data):
@@ -256,55 +260,66 @@ def tokenizer_of(base, data):
 
 
 def read_problems(path, answers=True):
-    """[{"prompt", "completion", "answer" (a must if `answers`)}] of a JSON-lines file. ValueError
-    names the file and the line."""
+    """[{"prompt", "completion", "answer" (a must if `answers`), "line"}] of a JSON-lines file.
+    ValueError names the file and the line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as e:
         raise ValueError(f"{path} cannot be read: {e}") from None
     problems = []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             p = json.loads(line)
-            texts = isinstance(p["prompt"], str) and isinstance(p["completion"], str)
+            p |= {key: whole_text(p[key]) for key in ("prompt", "completion")}
             answer = p["answer"] if answers else p.get("answer", 0)
-            if not (texts and isinstance(answer, int)):
-                raise ValueError("prompt and completion must be texts, answer a whole number")
-        except (ValueError, KeyError, TypeError, RecursionError) as e:
+            if type(answer) not in (int, float):
+                raise ValueError("answer must be a number")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise ValueError(f"{path}, line {number}: no problem with prompt, completion and "
                              f"answer ({e}).") from None
-        problems.append(p)
+        problems.append({**p, "line": number})
     if not problems:
         raise ValueError(f"{path} holds no problem.")
     return problems
 
 
+def whole_text(text):
+    """The text with the half of a character that was cut, as emoji are in JSON, replaced."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def read_splits(data):
-    """{"train", "val", "test": problems} of a folder, or of one file, where every tenth line is
-    kept for test and the line after it for validation."""
+    """{"train", "val", "test": problems} of a folder, or of one file, where a tenth of the lines,
+    drawn always alike, is kept for test and a tenth for validation."""
     if data.is_dir():
         return {split: read_problems(data / f"{split}.jsonl") for split in SPLITS}
     problems = read_problems(data, answers=False)
     if len(problems) < 10:
         raise ValueError(f"{data} holds {len(problems)} problems: at least 10 are needed.")
-    splits = {"test": problems[0::10], "val": problems[1::10]}
-    return {"train": [p for i, p in enumerate(problems) if i % 10 > 1], **splits}
+    order = np.random.default_rng(0).permutation(len(problems))
+    parts = np.split(order, [len(order) // 10, len(order) // 10 * 2])
+    return {split: [problems[i] for i in part] for split, part in zip(("test", "val", "train"), parts)}
 
 
 SPLITS = ("train", "val", "test")
 
 
 def encode_prompt(tokenizer, prompt):
-    """Token ids, at least one: what opens a text (the toy's: <|endoftext|>) and the prompt."""
+    """Token ids, at least one: what opens a text (the toy's: <|endoftext|>), if the prompt does
+    not begin with it, and the prompt."""
     opening = getattr(tokenizer, "opening", [tokenizer.eot_token])
-    return [*opening, *tokenizer.encode_ordinary(prompt)] or [tokenizer.eot_token]
+    ids = tokenizer.encode_ordinary(prompt)
+    return (ids if opening and ids[:len(opening)] == opening else [*opening, *ids]) or [tokenizer.eot_token]
 
 
 def encode_problem(tokenizer, problem):
     """(token ids, number of prompt tokens)."""
     prompt = encode_prompt(tokenizer, problem["prompt"])
     completion = tokenizer.encode_ordinary(problem["completion"])
-    return [*prompt, *completion, tokenizer.eot_token], len(prompt)
+    end = [] if completion[-1:] == [tokenizer.eot_token] else [tokenizer.eot_token]
+    return [*prompt, *completion, *end], len(prompt)
 
 
 def collate(encoded, end):
@@ -367,13 +382,15 @@ def problem_data(run, model_config):
     encoded = {split: [encode_problem(tokenizer, p) for p in splits[split]] for split in SPLITS}
     longest = max(len(ids) - prompt for ids, prompt in encoded["train"])
     run.max_new = max(MAX_NEW, longest)
+    endings = {p["prompt"][len(p["prompt"].rstrip()):] for p in splits["train"]}
+    run.ending = endings.pop() if len(endings) == 1 else None   # what every prompt ends with
     for split in SPLITS:
-        path = data / f"{split}.jsonl" if data.is_dir() else f"{data} ({split})"
-        for number, (ids, prompt) in enumerate(encoded[split], 1):
+        path = data / f"{split}.jsonl" if data.is_dir() else data
+        for problem, (ids, prompt) in zip(splits[split], encoded[split]):
             length = prompt + run.max_new if split == "test" else len(ids) - 1
             if length > model_config.max_position_embeddings:
-                raise ValueError(f"{path}, line {number}: {length} tokens exceed the context of "
-                                 f"{model_config.max_position_embeddings}: shorten the text.")
+                raise ValueError(f"{path}, line {problem['line']}: {length} tokens exceed the "
+                                 f"context of {model_config.max_position_embeddings}: shorten the text.")
     run.batches = ProblemBatches(encoded["train"][:c.train_size], c.batch_size, c.seed,
                                  tokenizer.eot_token)
     val = sorted(encoded["val"], key=lambda e: len(e[0]))
@@ -382,6 +399,18 @@ def problem_data(run, model_config):
     held_out = held_out if held_out.exists() else DATA / "arithmetic.jsonl"
     run.equations = read_problems(held_out)[:c.test_size]
     run.problems = splits["test"][:c.test_size]
+
+
+def digest(c):
+    """SHA-256 over the names and contents of the files of a run's data and base model."""
+    total = hashlib.sha256()
+    kinds = (".json", ".jsonl", ".safetensors", ".model", ".tiktoken", ".txt")
+    for place in map(Path, (c.data, c.base) if c.base else (c.data,)):
+        for path in sorted(place.iterdir()) if place.is_dir() else [place]:
+            if path.suffix in kinds or path == place:
+                with open(path, "rb") as file:
+                    total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
 
 
 def pretraining_data(run):
@@ -439,17 +468,26 @@ def solve(model, tokenizer, prompts, max_new_tokens=MAX_NEW):
     return [answers[i] for i in range(len(prompts))]
 
 
-def final_answer(text):
-    """The number after "The answer is", or None."""
-    found = re.search(r"The answer is (-?[0-9]+)", text)
-    return int(found[1]) if found else None
+NUMBER = r"(?<![\w.])-?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
+
+
+def final_answer(text, mark="The answer is"):
+    """The number right after the mark, the last one without a mark, or None."""
+    if mark:
+        numbers = re.findall(rf"^[\s:=]*({NUMBER})", text.partition(mark)[2])
+    else:
+        numbers = re.findall(NUMBER, text)
+    return Decimal(re.sub("[$,]", "", numbers[-1])) if numbers else None
 
 
 def is_right(problem, completion):
-    """Whether the final number is the answer, or without one the completion is the given one."""
-    if "answer" in problem:
-        return final_answer(completion) == problem["answer"]
-    return completion.strip() == problem["completion"].strip()
+    """Whether the final number is the answer, found as the given completion shows it: after "The
+    answer is" (the toy), after "####", or last. Without an answer the text must be the given."""
+    given = problem["completion"]
+    if "answer" not in problem:
+        return completion.strip() == given.strip()
+    mark = next((m for m in ("The answer is", "####") if m in given), "")
+    return final_answer(completion, mark) == Decimal(str(problem["answer"]))
 
 
 def exact_match(model, tokenizer, problems, max_new_tokens=MAX_NEW):
@@ -556,7 +594,7 @@ def progress(record, steps):
 def save_checkpoint(run, out, step, records):
     """One file, replaced whole: a kill at any moment leaves the old state or the new one."""
     steered = getattr(run.optimizer, "nalora", None)
-    state = {"config": asdict(run.config), "step": step, "records": records,
+    state = {"config": asdict(run.config), "digest": run.digest, "step": step, "records": records,
              "model": {name: p.detach() for name, p in run.trainable.items()},
              "optimizer": run.optimizer.state_dict(),
              "nalora": steered.state_dict() if steered else None}
@@ -595,6 +633,8 @@ def load_checkpoint(run, out):
         state = torch.load(io.BytesIO(content[:-32]), map_location="cpu", weights_only=True)
         if json.loads(json.dumps(state["config"])) != here:
             raise ValueError("it was made with other settings")
+        if state["digest"] != digest(run.config):
+            raise ValueError("the data or the base model has changed since: choose another --out")
         parameters = {name: state["model"][name] for name in run.trainable}
         run.optimizer.load_state_dict(state["optimizer"])
         if state["nalora"]:
@@ -626,6 +666,7 @@ def execute(c, out, resume=False, save=save_results, methods=METHODS):
         raise ValueError(f"{out} already holds a run. To go on with it or see it again: add "
                          f"--resume. To train anew: add --out {out}-2.")
     run = set_up(c, methods)
+    run.digest = digest(c)
     state = load_checkpoint(run, out) if resume else None
     if (out / "summary.json").exists() and state:
         print(f"{out} is finished already: {(out / 'summary.json').read_text()}")
@@ -657,6 +698,7 @@ def execute(c, out, resume=False, save=save_results, methods=METHODS):
     draw_loss({c.method: records}, out / "loss.png")
     if "layers" in records[-1]:
         draw_layers(records, out / "nalora.png")
+    summary |= {"prompt_ending": run.ending, "max_new_tokens": run.max_new, "digest": run.digest}
     summary |= {"wall_seconds": time.perf_counter() - began, "threads": torch.get_num_threads(),
                 "machine": platform.machine(), "python": platform.python_version(),
                 "torch": torch.__version__}
@@ -689,10 +731,13 @@ def sample(out, prompt):
         model = Llama.from_pretrained(c.base)
         load_adapter(model, out / "adapter")
     tokenizer = tokenizer_of(c.base, c.data)
-    prompts = [prompt.strip() + " "]
+    summary = read_json(out / "summary.json")
+    ending = summary["prompt_ending"]
+    prompts = [prompt if ending is None else prompt.rstrip() + ending]  # as in training
     if not prompt:
         prompts = [p["prompt"] for p in read_splits(Path(c.data))["test"][:3]]
-    for text, completion in zip(prompts, solve(model.eval(), tokenizer, prompts)):
+    completions = solve(model.eval(), tokenizer, prompts, summary["max_new_tokens"])
+    for text, completion in zip(prompts, completions):
         print(f"{text.strip()}\n{completion}\n")
 
 
@@ -884,6 +929,9 @@ def command(args):
 
 def main(argv=None):
     """The exit code: 0, or 2 with one sentence for input that cannot be used; 130 at Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")   # a terminal that cannot print a text
     args = command_line().parse_args(argv)
     try:
         with ranks_of_torchrun(args):

@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from dataclasses import asdict, fields
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -179,7 +180,7 @@ def run_job(out, config, keep):
             summary = train_tiny.execute(config, out, True, save, controls.METHODS)
             summary.setdefault("peak_memory_mb", measures.peak_memory_mb(device))
         except train_tiny.Diverged as e:
-            summary = {"val_loss": None, "diverged": str(e)}
+            summary = {"val_loss": None, "diverged": str(e), "digest": train_tiny.digest(config)}
     write_files(out, {"summary.json": summary})
     weights = out / "model" / "model.safetensors"
     for path in [out / "checkpoint.pt"] + [weights] * (not keep):
@@ -200,6 +201,11 @@ def read_summary(out):
     return summary
 
 
+@cache
+def digest(data, base):
+    return train_tiny.digest(train_tiny.Config(data=data, base=base))
+
+
 def finished(out, config):
     """Whether the run in the folder is finished. ValueError if it has other settings."""
     if not (out / "summary.json").exists():
@@ -208,6 +214,9 @@ def finished(out, config):
         raise ValueError(f"{out} holds a run with other settings: choose another --out, or use the "
                          "flags that it was made with.")
     summary = read_json(out / "summary.json")
+    if summary.get("digest") != digest(config.data, config.base):
+        raise ValueError(f"{out} holds a run on other data or another base than is there now: "
+                         "choose another --out.")
     return "peak_memory_mb" in summary or "val_loss" not in summary or "diverged" in summary
 
 
@@ -308,7 +317,8 @@ def compare(args):
     for label in variants:                  # what can be wrong is found before a file is written
         for lr in grid(args, label):
             configure(args, label, lr=lr)
-        controls.set_up(configure(args, label))
+        run = controls.set_up(configure(args, label))
+        measures.merged(run.model, run.config.method)   # as at the end, refused now if then
     args.results.mkdir(parents=True, exist_ok=True)
     for label, losses in tune(args, variants).items():
         variants[label]["tuning"] = list(losses.items())

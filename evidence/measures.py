@@ -123,9 +123,15 @@ def trained_model(out):
         return Llama.from_pretrained(out / "model").eval()
     model = Llama.from_pretrained(config["base"]).eval()
     peers.load_adapter(model, out / "adapter")
-    if config["method"] == "nora++":
+    return merged(model, config["method"])
+
+
+def merged(model, method):
+    """The model with what a method trained merged into its weights, as far as they can hold it.
+    ValueError, with nothing changed, if they cannot."""
+    if method == "nora++":
         merge_lora(model)                   # its weights merge, its activation cannot
-    elif config["method"] != "nora":
+    elif method not in ("full", "nora"):
         peers.merge(model)
     return model
 

@@ -306,6 +306,10 @@ def rational_activation(ffn):
     return RationalActivation(nalora.activation(ffn), len(weight), device=weight.device)
 
 
+class PissaLinear(LoRALinear):
+    """LoRA on what PiSSA leaves of the pretrained weight: no plain LoRA for that weight."""
+
+
 @torch.no_grad()
 def start_from_singular_directions(model, name):
     """PiSSA: W = U S V; A = sqrt(S_r / s) V_r, B = U_r sqrt(S_r / s), and the frozen layer becomes
@@ -331,6 +335,7 @@ def start_from_singular_directions(model, name):
     root = (singular[: lora.rank] / lora.scaling).sqrt()
     lora.lora_A.copy_(root[:, None] * v[: lora.rank])
     lora.lora_B.copy_(u[:, : lora.rank] * root)
+    lora.__class__ = PissaLinear
     lora.pretrained = (
         base,
         lora.lora_A.clone(),
