@@ -43,15 +43,15 @@ keep 0.5, ema 0.9, stride 17. z is the gate's output, with LoRA's update in it.
     blend(b, a, w) = b + w (a - b) if w < 1/2, else a - (a - b) (1 - w)  (exact at w = 0 and 1)
 
 WHY the responsive channels? The gradient of row c of B_gate carries phi'(z_c), so plain SGD hardly
-moves a channel that does not respond. Adam normalises gradients and moves it as far as any other,
-although its output barely answers. The mask gives the responsiveness back.
+moves a channel that does not respond. Adam normalises gradients and moves it as far as any other.
+The mask gives the responsiveness back. All channels share A_gate, so it has no mask. Attention has
+no gate: its LoRA is left alone.
 Why the step, not the gradient? Momentum and weight decay move a row whose gradient is zero. Rows
 put back after the step are exact, and Adam's moments keep seeing true gradients.
-Why not A? All channels share A_gate. Attention has no gate: its LoRA is left alone.
 Why 1 / k_hat? k_hat is the mean of kappa weighted by phi^2: gates that grow by 1 % let phi grow by
-k_hat %. Dividing by it makes equal steps count equally. kappa of SiLU and GELU stays below 1.3,
-and so does k_hat: the scale runs from 0.77 to 2. k_hat < 0 says that the response is reversed; 2
-is a choice there. The scale jumps where p crosses 5 %: one regime alone is no partition.
+k_hat %, so dividing makes equal steps count equally. kappa of SiLU and GELU stays below 1.3, and so
+does k_hat: the scale runs from 0.77 to 2. k_hat < 0 says that the response is reversed; 2 is a
+choice there. The scale jumps where p crosses 5 %: one regime alone is no partition.
 Why is I averaged over steps and k_hat not? The mask shall not flicker; the scale follows the batch.
 Which settings are LoRA bit for bit? Scale off, together with mask off or keep = 1.
 
@@ -99,7 +99,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 # ---- Part I: the method. First pure functions: no state, no modules, any leading dimensions ------
 
@@ -151,11 +150,6 @@ def observe(act, z, weight):
     finite = (score.sum(-1) + sum(sums[1:])).isfinite()  # (...)
     return GateSums(*choose(finite, sums, [0] * 5))
 
-def effective_homogeneity(act, z):
-    """k_hat of gates z (..., F) over all tokens and channels, 0-dim."""
-    z = z.reshape(-1, z.size(-1))
-    return observe(act, z, z.new_ones(len(z))).k_hat()
-
 def importance_mask(importance, keep):
     """Bool (..., F): the ceil(keep F) channels of largest importance (..., F), lower index first
     among equals. ValueError unless 0 < keep <= 1."""
@@ -179,14 +173,7 @@ class NALoRAConfig:
     scale: str = "homogeneity"  # or "none": scale 1
 
     def __post_init__(self):
-        number = (int, float)
-        fits = {"keep": type(self.keep) in number and 0 < self.keep <= 1,
-                "ema": type(self.ema) in number and 0 <= self.ema < 1,
-                "stride": type(self.stride) is int and 0 < self.stride < 2**31,
-                "mask": self.mask in ("derivative", "none"),
-                "scale": self.scale in ("homogeneity", "none")}
-        for name, fit in fits.items():
-            refuse(not fit, f"{name} is {getattr(self, name)!r}: NALoRAConfig says what it may be.")
+        check_config(self)
 
 class State(NamedTuple):
     """What NA-LoRA knows of FFNs after a step."""
@@ -218,10 +205,9 @@ class NALoRA:
 
     It steers every FFN whose gate carries LoRA, ours or PEFT's; an FFN is recognised by gate_proj,
     up_proj, down_proj and an activation. In FFNs without a gate, fc2(act(fc1(x))), `gate` names the
-    layer in front of the activation ("fc1", "mlp.c_fc"). Make it when the model has its device and
-    dtype, before its first compiled call. With padded batches set `token_mask` (batch, seq),
-    nonzero for real tokens, before each pass. ValueError if no gate carries LoRA, or the optimizer
-    lacks its parameters, holds shards of them or is steered already."""
+    layer in front of the activation ("fc1", "mlp.c_fc"). Make it before the first compiled call.
+    With padded batches set `token_mask` (batch, seq), nonzero for real tokens, before each pass.
+    ValueError if no gate carries LoRA, or the optimizer lacks it, holds shards or is steered."""
 
     def __init__(self, model, optimizer, config=None, gate="gate_proj"):
         self.config = config or NALoRAConfig()
@@ -248,26 +234,20 @@ class NALoRA:
         """Forward hook of gate i of a stack: keeps a sample of z. Evaluation leaves no trace."""
         if self._before is None and self._watch.look():  # not by a closure, inside the step
             self._forget()
-        tokens = z.shape[:-1].numel()
-        found = pass_to_observe(stack, i, gate, tokens, self.token_mask)
+        found = pass_to_observe(stack, i, gate, z, self.token_mask)
         if found is None:
             return
         token_mask, start = found
-        check_token_mask(token_mask, z)
         if i in stack.samples:  # another microbatch has begun
             self._add_up()
-        every = self._every(start)
-        stack.seen[i] = max(stack.seen[i], start + tokens)
+        every = slice((self._steps - start) % self.config.stride, None, self.config.stride)
+        stack.seen[i] = max(stack.seen[i], start + z.shape[:-1].numel())
         sample = z.detach().flatten(0, -2)[every]  # (T, F)
         sample = sample.to(stack.state.importance, copy=True)
         weight = sample.new_ones(len(sample))  # (T,)
         if token_mask is not None:
             weight = token_mask.flatten()[every].ne(0).to(weight)
         stack.samples[i] = (sample, weight)
-
-    def _every(self, start):
-        """The slice that this step observes of tokens whose first has number `start`."""
-        return slice((self._steps - start) % self.config.stride, None, self.config.stride)
 
     def _add_up(self):
         """Adds the sums of the last forward pass to those of the step, a stack at a time."""
@@ -332,18 +312,13 @@ class NALoRA:
         return {"config": asdict(self.config), "steps": self._steps, "ffns": ffns}
 
     def load_state_dict(self, state):
-        """Goes on from a `state_dict`. ValueError, with nothing changed, if it is of another
-        configuration or model."""
+        """Goes on from a `state_dict`. ValueError if it is of another configuration or model."""
         check_state(state, self.state_dict())
         self._steps = state["steps"]
         for stack in self._stacks:
             for i, name in enumerate(stack.names):
                 for key, t in state["ffns"][name].items():
                     getattr(stack.state, key)[i] = t
-
-    def __reduce__(self):
-        raise TypeError("A NALoRA is not copied or pickled: make one for the copy of the model, "
-                        "and give it this one's state_dict().")
 
     def remove(self):
         """Takes every hook off. What follows is plain LoRA training."""
@@ -592,6 +567,11 @@ class Llama(nn.Module):
 
 # ---- Part III: wiring and files ------------------------------------------------------------------
 
+def effective_homogeneity(act, z):
+    """k_hat of gates z (..., F) over all tokens and channels, 0-dim."""
+    z = z.reshape(-1, z.size(-1))
+    return observe(act, z, z.new_ones(len(z))).k_hat()
+
 def refuse(wrong, message):
     if wrong:
         raise ValueError(message)
@@ -642,7 +622,7 @@ class Stack:
         nothing = [t[:0] for t in next(iter(self.samples.values()))]
         samples = [self.samples.get(i, nothing) for i in range(len(self.gates))]
         self.samples = {}
-        return [pad_sequence(tensors, batch_first=True) for tensors in zip(*samples)]
+        return [nn.utils.rnn.pad_sequence(t, batch_first=True) for t in zip(*samples)]
 
 def stack_ffns(model, gate):
     """Stacks of all FFNs whose gate carries LoRA. ValueError, with the reason, if there is none."""
@@ -691,6 +671,15 @@ def lora_pairs(layer):
     pairs = [(layer.lora_A[name], layer.lora_B[name]) for name in names if name in layer.lora_A]
     return [tuple(getattr(part, "weight", part) for part in pair) for pair in pairs]
 
+def check_config(c):
+    number = (int, float)
+    fits = {"keep": type(c.keep) in number and 0 < c.keep <= 1,
+            "ema": type(c.ema) in number and 0 <= c.ema < 1,
+            "stride": type(c.stride) is int and 0 < c.stride < 2**31,
+            "mask": c.mask in ("derivative", "none"), "scale": c.scale in ("homogeneity", "none")}
+    for name, fit in fits.items():
+        refuse(not fit, f"{name} is {getattr(c, name)!r}: NALoRAConfig says what it may be.")
+
 def check_optimizer(optimizer, parameters):
     refuse(not hasattr(optimizer, "register_step_post_hook"), "NALoRA hooks the step of a "
            f"torch.optim.Optimizer, not a {type(optimizer).__name__}.")
@@ -724,16 +713,18 @@ def sum_over_ranks(stacks):
             for t in stack.sums:
                 torch.distributed.all_reduce(t)
 
-def pass_to_observe(stack, i, gate, tokens, token_mask):
+def pass_to_observe(stack, i, gate, z, token_mask):
     """(token_mask, number of the first token) of a pass that gate i shall observe, else None, as in
     evaluation. Gradient checkpointing computes a pass twice: one kind with gradients both times,
     the other at first without, so that such a pass waits in `unseen` until backward comes to it."""
     if not gate.training or getattr(gate, "disable_adapters", False):
         return None
+    tokens = z.shape[:-1].numel()
     unseen = stack.unseen.setdefault(i, [])
     if torch._C._current_graph_task_id() != -1:  # inside a backward pass
         fits = [k for k, (_, _, size) in enumerate(unseen) if size == tokens]
         return unseen.pop(fits[-1])[:2] if fits else None
+    check_token_mask(token_mask, z)
     start = stack.seen[i]
     if torch.is_grad_enabled():
         return token_mask, start
@@ -904,8 +895,8 @@ def save_adapter(model, directory, base_model=None, settings=None):
                for layer in layers.values()), "This is more than LoRA, or scaled otherwise.")
     held = {id(p) for p in lora_parameters(model)}
     others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
-    refuse(others, f"{', '.join(others[:3])} would not be in the adapter, yet trains: freeze it, or "
-           "merge_lora(model) and save the model.")
+    refuse(others, f"{', '.join(others[:3])} would not be in the adapter, yet trains: freeze it, "
+           "or merge_lora(model) and save the model.")
     whole = own_modules(model)[""]
     writes = isinstance(whole, Llama) or hasattr(whole, "prepare_inputs_for_generation")
     encodes = getattr(getattr(whole, "config", None), "is_encoder_decoder", False)
@@ -966,7 +957,7 @@ def claims(targets, name):
         return re.fullmatch(targets, name) is not None
     return any(f".{name}".endswith(f".{target}") for target in targets or ())
 
-# What an adapter_config.json may say of plain LoRA: anything here, these values there, else nothing.
+# What an adapter_config.json may say of plain LoRA: anything of these, this of those, no more.
 TOLD = ("r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "task_type",
         "layers_pattern", "base_model_name_or_path", "revision", "inference_mode", "peft_version",
         "auto_mapping", "lora_dropout", "megatron_core", "runtime_config", "qalora_group_size")

@@ -2185,8 +2185,9 @@ def test_a_copy_of_a_steered_model_disturbs_nothing_and_says_that_it_is_not_stee
                 with warnings.catch_warnings():
                     warnings.simplefilter("error")
                     take_step(other, other_opt, 6)
-            with pytest.raises(TypeError, match="not copied or pickled"):
-                copy.deepcopy((model, opt, tool))
+            other, other_opt, inert = copy.deepcopy((model, opt, tool))
+            with pytest.warns(UserWarning, match="the copy trains as plain LoRA"):
+                take_step(other, other_opt, 7)
         take_step(model, opt, 1)
         ends.append({**snapshot(model), **state_of(tool)})
     assert equal(*ends)

@@ -300,7 +300,8 @@ def read_splits(data):
         raise ValueError(f"{data} holds {len(problems)} problems: at least 10 are needed.")
     order = np.random.default_rng(0).permutation(len(problems))
     parts = np.split(order, [len(order) // 10, len(order) // 10 * 2])
-    return {split: [problems[i] for i in part] for split, part in zip(("test", "val", "train"), parts)}
+    names = ("test", "val", "train")
+    return {split: [problems[i] for i in part] for split, part in zip(names, parts)}
 
 
 SPLITS = ("train", "val", "test")
@@ -311,7 +312,9 @@ def encode_prompt(tokenizer, prompt):
     not begin with it, and the prompt."""
     opening = getattr(tokenizer, "opening", [tokenizer.eot_token])
     ids = tokenizer.encode_ordinary(prompt)
-    return (ids if opening and ids[:len(opening)] == opening else [*opening, *ids]) or [tokenizer.eot_token]
+    if not opening or ids[:len(opening)] != opening:
+        ids = [*opening, *ids]
+    return ids or [tokenizer.eot_token]
 
 
 def encode_problem(tokenizer, problem):
@@ -390,7 +393,7 @@ def problem_data(run, model_config):
             length = prompt + run.max_new if split == "test" else len(ids) - 1
             if length > model_config.max_position_embeddings:
                 raise ValueError(f"{path}, line {problem['line']}: {length} tokens exceed the "
-                                 f"context of {model_config.max_position_embeddings}: shorten the text.")
+                                 f"context of {model_config.max_position_embeddings}: shorten it.")
     run.batches = ProblemBatches(encoded["train"][:c.train_size], c.batch_size, c.seed,
                                  tokenizer.eot_token)
     val = sorted(encoded["val"], key=lambda e: len(e[0]))

@@ -223,7 +223,8 @@ class Control(NALoRA):
         @torch.compiler.disable
         def hook(linear, inputs, u):
             if linear.training and torch.is_grad_enabled():
-                every = self._every(stack.seen["up", i])
+                first = (self._steps - stack.seen["up", i]) % self.config.stride
+                every = slice(first, None, self.config.stride)
                 stack.seen["up", i] += u.shape[:-1].numel()
                 self.features[stack, i] = widen(u.detach().flatten(0, -2)[every]).abs()  # (T, F)
 
