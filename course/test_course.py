@@ -1,0 +1,418 @@
+"""The lab's own tests: the vectors are those of their script, every port passes them, the solutions
+pass the checks, empty steps fail all of them, and each usual mistake fails the check meant for it."""
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+os.environ["LAB"] = "solutions"
+sys.path[:0] = [str(HERE), str(ROOT), str(ROOT / "data" / "vectors")]
+
+import check  # noqa: E402
+import make_vectors  # noqa: E402
+import nalora  # noqa: E402
+import solutions  # noqa: E402
+import vectors  # noqa: E402
+
+# ---- the vectors ---------------------------------------------------------------------------------
+
+
+def test_the_vectors_are_those_of_their_script():
+    about, made = make_vectors.make_all()
+    assert about == json.loads((vectors.VECTORS / "vectors.json").read_text())
+    kept = load_file(vectors.VECTORS / "vectors.safetensors")
+    assert kept.keys() == made.keys()
+    for key, t in made.items():
+        torch.testing.assert_close(kept[key], t, rtol=1e-12, atol=1e-12, equal_nan=True)
+    assert (vectors.VECTORS / "vectors.safetensors").stat().st_size < 1e6
+
+
+def core_of_nalora(dtype):
+    """nalora.py's pure core and NALoRA as a port."""
+    def tensor(a):
+        return torch.as_tensor(np.asarray(a)).to(dtype)
+
+    def start(width):
+        zero = torch.zeros(width, dtype=dtype)
+        nan = torch.tensor(torch.nan, dtype=dtype)
+        return nalora.State(zero, zero == 0, nan, nan, torch.ones((), dtype=dtype))._asdict()
+
+    def observe(activation, z, weight):
+        return nalora.observe(nalora.ACTIVATIONS[activation], tensor(z), tensor(weight))._asdict()
+
+    def decide(state, sums, config):
+        state = nalora.State(**state)
+        return nalora.decide(state, nalora.GateSums(**sums), nalora.NALoRAConfig(**config))._asdict()
+
+    def correct(before, after, factor):
+        return nalora.correct(tensor(before), tensor(after), tensor(factor))
+
+    def trace(case, t):
+        t = {key: torch.as_tensor(value) for key, value in t.items()}
+        return make_vectors.trace(case, t, "", dtype)
+
+    return SimpleNamespace(start=start, token_weights=solutions.token_weights, observe=observe,
+                           decide=decide, correct=correct, trace=trace)
+
+
+def test_nalora_passes_the_vectors():
+    assert vectors.failures(core_of_nalora(torch.float64)) == []
+    assert vectors.failures(core_of_nalora(torch.float32), "float32") == []
+
+
+def test_the_numpy_solution_passes_the_vectors():
+    assert vectors.failures(solutions) == []
+
+
+def test_interop_the_jax_port_passes_the_vectors():
+    pytest.importorskip("jax")
+    run = subprocess.run([sys.executable, "course/vectors.py", "course/port_jax.py"], cwd=ROOT,
+                         capture_output=True, text=True)
+    assert run.returncode == 0 and "0 fail" in run.stdout, run.stdout + run.stderr
+
+
+# ---- misreadings, each of which the vectors must find ---------------------------------------------
+
+
+def port_with(**changes):
+    """The NumPy solution with some functions replaced; trace sees them, too."""
+    names = ("start", "token_weights", "observe", "decide", "correct", "trace")
+    spec = importlib.util.spec_from_file_location("mutant", HERE / "solutions.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name, function in changes.items():
+        setattr(module, name, function)
+    return SimpleNamespace(**{name: getattr(module, name) for name in names})
+
+
+def numbered(real, first):
+    return first + np.arange(real.size).reshape(real.shape)
+
+
+def always_from_token_0(real, first, step, stride):
+    return ((numbered(real, first) % stride == 0) & real).astype(float)
+
+
+def every_token(real, first, step, stride):
+    return real.astype(float)
+
+
+def numbered_anew(real, first, step, stride):
+    return solutions.token_weights(real, 0, step, stride)
+
+
+def padding_unnumbered(real, first, step, stride):
+    number = first + np.cumsum(real).reshape(real.shape) - 1
+    return ((number % stride == step % stride) & real).astype(float)
+
+
+def padding_counted(real, first, step, stride):
+    return solutions.token_weights(np.ones_like(real), first, step, stride)
+
+
+def observe_with(**changed):
+    def observe(activation, z, weight):
+        return solutions.observe(activation, z, weight) | {
+            key: function(activation, z, weight) for key, function in changed.items()}
+    return observe
+
+
+def nan_kept(activation, z, weight):
+    z = np.where(weight[:, None] > 0, z, 0)
+    value = solutions.phi(activation, z)
+    slopes = solutions.slope(activation, z)
+    return {"score": weight @ np.abs(slopes), "tokens": weight.sum(),
+            "z_slope_phi": (z * slopes * value).sum(), "phi_phi": (value * value).sum(),
+            "positive": (z > 0).sum().astype(float)}
+
+
+def mean_kappa(activation, z, weight):
+    """P that makes P / Q the mean of kappa."""
+    kept = z[weight > 0]
+    if kept.size == 0:
+        return 0.0
+    q = (solutions.phi(activation, kept) ** 2).sum()
+    return solutions.homogeneity(activation, kept).mean() * q
+
+
+def decide_with(edit):
+    def decide(state, sums, config):
+        new = solutions.decide(state, sums, config)
+        return state if sums["tokens"] == 0 else new | edit(state, sums, config, new)
+    return decide
+
+
+def empty_step_decides(state, sums, config):
+    return solutions.decide(state, sums | {"tokens": max(sums["tokens"], 1e-9)}, config)
+
+
+def average_reversed(state, sums, config, new):
+    mean = sums["score"] / sums["tokens"]
+    return {"importance": (1 - config["ema"]) * state["importance"] + config["ema"] * mean}
+
+
+def mask_of(count, key):
+    def edit(state, sums, config, new):
+        if config["mask"] == "none":
+            return {}
+        mask = np.zeros(len(new["mask"]), bool)
+        mask[np.argsort(key(new["importance"]), kind="stable")[:count(config["keep"], mask.size)]] = 1
+        return {"mask": mask}
+    return edit
+
+
+def right_count(keep, width):
+    return int(np.ceil(keep * width - 1e-9))
+
+
+def rounded_down(keep, width):
+    return int(keep * width)
+
+
+def rounded_up_floats(keep, width):
+    return int(np.ceil(keep * width))
+
+
+def higher_index_first(state, sums, config, new):
+    if config["mask"] == "none":
+        return {}
+    order = np.argsort(new["importance"], kind="stable")[::-1]
+    mask = np.zeros(len(order), bool)
+    mask[order[:right_count(config["keep"], len(order))]] = True
+    return {"mask": mask}
+
+
+def scale_with(choose):
+    def edit(state, sums, config, new):
+        if config["scale"] == "none":
+            return {}
+        return {"scale": choose(new["k_hat"], min(new["occupancy"], 1 - new["occupancy"]))}
+    return edit
+
+
+def no_partition(k, p):
+    return 1 / np.clip(k, 0.5, 2)
+
+
+def another_partition(k, p):
+    return 1 / np.clip(k, 0.5, 2) if p >= 0.1 else 1.0
+
+
+def size_of_k(k, p):
+    return 1 / np.clip(abs(k), 0.5, 2) if p >= 0.05 else 1.0
+
+
+def unclipped(k, p):
+    return 1 / k if p >= 0.05 else 1.0
+
+
+def upside_down(k, p):
+    return np.clip(k, 0.5, 2) if p >= 0.05 else 1.0
+
+
+def masked_always(state, sums, config, new):
+    order = np.argsort(-new["importance"], kind="stable")
+    mask = np.zeros(len(order), bool)
+    mask[order[:right_count(config["keep"], len(order))]] = True
+    return {"mask": mask}
+
+
+def scaled_always(state, sums, config, new):
+    return {"scale": 1 / np.clip(new["k_hat"], 0.5, 2)}
+
+
+def stops_at_after(before, after, factor):
+    return solutions.correct(before, after, np.minimum(factor, 1))
+
+
+def without_lora(case, t, p, x):
+    zeros = {name: 0 * value for name, value in p.items()}
+    return solutions.gates_of(case, t, zeros, x)
+
+
+def mutated_trace(edit):
+    """The solution's trace, edited as text."""
+    source = (HERE / "solutions.py").read_text()
+    old, new = edit
+    assert source.count(old) == 1, old
+    space = {}
+    exec(source.replace(old, new), space)
+    return space["trace"]
+
+
+NO_MASK = ("            if name.endswith(\"gate_proj/B\"):\n"
+                 "                factor = (state[\"mask\"] * state[\"scale\"])[:, None]\n", "")
+MASK_ON_UP = ("name.endswith(\"gate_proj/B\")", "name.endswith((\"gate_proj/B\", \"up_proj/B\"))")
+A_UNSCALED = ("            factor = np.asarray(state[\"scale\"])",
+              "            factor = np.asarray(state[\"scale\"] if name[-1] == \"B\" else 1.0)")
+NO_LORA = ("scaling = case[\"alpha\"] / case[\"rank\"]", "scaling = 0.0")
+GRADIENT_MASKED = (  # in the place of the step's
+    "                factor = (state[\"mask\"] * state[\"scale\"])[:, None]\n",
+    "                rows = state[\"mask\"][:, None]\n"
+    "                g = t[grad_of(step, name)] * rows\n"
+    "                m, v = moments[name]\n"
+    "                if case[\"optimizer\"][\"name\"] == \"adamw\":\n"
+    "                    m -= (1 - case[\"optimizer\"][\"beta1\"]) * t[grad_of(step, name)]\n"
+    "                    m /= case[\"optimizer\"][\"beta1\"]\n"
+    "                    v -= (1 - case[\"optimizer\"][\"beta2\"]) * t[grad_of(step, name)] ** 2\n"
+    "                    v /= case[\"optimizer\"][\"beta2\"]\n"
+    "                    np.maximum(v, 0, out=v)\n"
+    "                after[name] = optimizer_step(case[\"optimizer\"], p[name], g, moments[name],\n"
+    "                                             step + 1)\n")
+
+MUTANTS = {
+    "always from token 0": {"token_weights": always_from_token_0},
+    "every token": {"token_weights": every_token},
+    "numbered anew at each microbatch": {"token_weights": numbered_anew},
+    "padding has no number": {"token_weights": padding_unnumbered},
+    "padding counted": {"token_weights": padding_counted},
+    "a NaN kept": {"observe": nan_kept},
+    "mean of kappa": {"observe": observe_with(z_slope_phi=mean_kappa)},
+    "an empty step decides": {"decide": empty_step_decides},
+    "average the wrong way round": {"decide": decide_with(average_reversed)},
+    "rounded down": {"decide": decide_with(mask_of(rounded_down, np.negative))},
+    "rounded up in floats": {"decide": decide_with(mask_of(rounded_up_floats, np.negative))},
+    "least important first": {"decide": decide_with(mask_of(right_count, np.positive))},
+    "higher index first": {"decide": decide_with(higher_index_first)},
+    "no partition": {"decide": decide_with(scale_with(no_partition))},
+    "another partition": {"decide": decide_with(scale_with(another_partition))},
+    "size of k_hat": {"decide": decide_with(scale_with(size_of_k))},
+    "no clip": {"decide": decide_with(scale_with(unclipped))},
+    "k_hat for 1 / k_hat": {"decide": decide_with(scale_with(upside_down))},
+    "masked though off": {"decide": decide_with(masked_always)},
+    "scaled though off": {"decide": decide_with(scaled_always)},
+    "never beyond after": {"correct": stops_at_after},
+    "z without LoRA": {"trace": mutated_trace(NO_LORA)},
+    "no mask on the step": {"trace": mutated_trace(NO_MASK)},
+    "mask on the gradient": {"trace": mutated_trace(GRADIENT_MASKED)},
+    "mask on up, too": {"trace": mutated_trace(MASK_ON_UP)},
+    "A not scaled": {"trace": mutated_trace(A_UNSCALED)},
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+def test_the_vectors_find_every_misreading(name, precision):
+    assert vectors.failures(port_with(**MUTANTS[name]), precision)
+
+
+# ---- the lab -------------------------------------------------------------------------------------
+
+
+def pytest_check(lab, *more):
+    return subprocess.run([sys.executable, "-m", "pytest", "-q", "course/check.py", *more], cwd=ROOT,
+                          env={**os.environ, "LAB": lab}, capture_output=True, text=True).stdout
+
+
+def test_the_solutions_pass_and_empty_steps_fail_every_check():
+    assert "failed" not in (out := pytest_check("solutions")) and " passed" in out
+    assert "passed" not in (out := pytest_check("steps")) and " failed" in out
+
+
+class BInOrder(solutions.LoRA):
+    def __init__(self, W, rank, alpha, rng):
+        super().__init__(W, rank, alpha, rng)
+        self.B = rng.normal(size=self.B.shape)
+
+
+class NoScaling(solutions.LoRA):
+    def __init__(self, W, rank, alpha, rng):
+        super().__init__(W, rank, alpha, rng)
+        self.scaling = 1.0
+
+
+class BothZero(solutions.LoRA):
+    def __init__(self, W, rank, alpha, rng):
+        super().__init__(W, rank, alpha, rng)
+        self.A = 0 * self.A
+
+
+def kappa_mean(activation, z):
+    return solutions.homogeneity(activation, z).mean()
+
+
+def weighted_by_phi(activation, z):
+    value = solutions.phi(activation, z)
+    return (value * solutions.homogeneity(activation, z)).sum() / value.sum()
+
+
+def no_drift(before, masked, beta1=0.9, beta2=0.999):
+    return 0.0
+
+
+def frozen_v(before, masked, beta1=0.9, beta2=0.999):
+    return sum(beta1**t for t in range(1, masked + 1))
+
+
+def signed_score(activation, z, weight):
+    z = np.where(weight[:, None] > 0, z, 0)
+    return weight @ solutions.slope(activation, z)
+
+
+def undivided(state, sums, config, new):
+    return {"importance": config["ema"] * state["importance"] + (1 - config["ema"]) * sums["score"]}
+
+
+def inexact(before, after, factor):
+    return before + factor * (after - before)
+
+
+def other_slope(activation, z):
+    return solutions.selection_weight(activation, z)
+
+
+def nan_at_zero(activation, z):
+    with np.errstate(all="ignore"):
+        return z * solutions.slope(activation, z) / solutions.phi(activation, z)
+
+
+WRONG = [
+    ("test_step1_selection_weight_and_slope", ("silu",), {"slope": other_slope}, "product rule"),
+    ("test_step1_homogeneity", ("silu",), {"homogeneity": nan_at_zero}, "it is 1"),
+    ("test_step2_effective_homogeneity", ("silu",), {"effective_homogeneity": kappa_mean},
+     "mean of kappa"),
+    ("test_step2_effective_homogeneity", ("gelu",), {"effective_homogeneity": weighted_by_phi},
+     "phi\\^2, not phi"),
+    ("test_step3_lora", (), {"LoRA": BInOrder}, "B has to be 0"),
+    ("test_step3_lora", (), {"LoRA": NoScaling}, "alpha / rank"),
+    ("test_step3_lora", (), {"LoRA": BothZero}, "ever gets a gradient"),
+    ("test_step4_drift", (), {"drift": no_drift}, "still moves"),
+    ("test_step4_drift", (), {"drift": frozen_v}, "v decays"),
+    ("test_step5_token_weights", (), {"token_weights": always_from_token_0}, "one place later"),
+    ("test_step5_token_weights", (), {"token_weights": numbered_anew}, "`first`"),
+    ("test_step5_token_weights", (), {"token_weights": padding_unnumbered}, "has a number"),
+    ("test_step5_token_weights", (), {"token_weights": padding_counted}, "Token 3 is padding"),
+    ("test_step5_observe", (), {"observe": observe_with(score=signed_score)}, "not of phi'"),
+    ("test_step5_observe", (), {"observe": nan_kept}, "adds nothing"),
+    ("test_step5_decide_importance", (), {"decide": decide_with(average_reversed)}, "wrong way"),
+    ("test_step5_decide_importance", (), {"decide": decide_with(undivided)}, "divide it by N"),
+    ("test_step5_decide_importance", (), {"decide": empty_step_decides}, "saw no token"),
+    ("test_step5_decide_mask", (), MUTANTS["rounded down"], "rounds up"),
+    ("test_step5_decide_mask", (), MUTANTS["rounded up in floats"], "1e-9"),
+    ("test_step5_decide_mask", (), MUTANTS["higher index first"], "lower index"),
+    ("test_step5_decide_mask", (), MUTANTS["least important first"], "largest importance"),
+    ("test_step5_decide_scale", (), MUTANTS["no partition"], "less than 5 %"),
+    ("test_step5_decide_scale", (), MUTANTS["no clip"], "clipped"),
+    ("test_step5_decide_scale", (), MUTANTS["size of k_hat"], "negative"),
+    ("test_step5_decide_scale", (), MUTANTS["k_hat for 1 / k_hat"], "1 / k_hat"),
+    ("test_step5_correct", (), {"correct": inexact}, "exact at 0 and 1"),
+    ("test_step5_correct", (), {"correct": stops_at_after}, "beyond after"),
+    ("test_step5_vectors", ("gates",), MUTANTS["a NaN kept"], "It catches"),
+]
+
+
+@pytest.mark.parametrize("test, args, wrong, words", WRONG)
+def test_each_usual_mistake_gets_its_own_words(monkeypatch, test, args, wrong, words):
+    monkeypatch.setattr(check, "lab", SimpleNamespace(**{**vars(solutions), **wrong}))
+    with pytest.raises(pytest.fail.Exception, match=words):
+        getattr(check, test)(*args)
