@@ -81,6 +81,16 @@ def test_interop_the_jax_port_passes_the_vectors():
     assert run.returncode == 0 and "0 fail" in run.stdout, run.stdout + run.stderr
 
 
+def test_interop_the_tour_runs():
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    tour = nbformat.read(HERE / "tour.ipynb", as_version=4)
+    assert all(cell.outputs for cell in tour.cells if "plt.subplots" in cell.source)
+    nbclient.NotebookClient(tour, timeout=600, resources={"metadata": {"path": HERE}}).execute()
+    printed = "".join(o.get("text", "") for c in tour.cells for o in c.get("outputs", []))
+    assert "nalora: mean |change|" in printed and "plain mean of kappa" in printed
+
+
 # ---- misreadings, each of which the vectors must find ---------------------------------------------
 
 
