@@ -202,7 +202,6 @@ def correct(before, after, factor):
 
 class NALoRA:
     """Turns a LoRA training loop into NA-LoRA: make one after the optimizer, change nothing else.
-
     It steers every FFN whose gate carries LoRA, ours or PEFT's; an FFN is recognised by gate_proj,
     up_proj, down_proj and an activation. In FFNs without a gate, fc2(act(fc1(x))), `gate` names the
     layer in front of the activation ("fc1", "mlp.c_fc"). Make it before the first compiled call.
@@ -234,12 +233,9 @@ class NALoRA:
         """Forward hook of gate i of a stack: keeps a sample of z. Evaluation leaves no trace."""
         if self._before is None and self._watch.look():  # not by a closure, inside the step
             self._forget()
-        found = pass_to_observe(stack, i, gate, z, self.token_mask)
-        if found is None:
+        token_mask, start = pass_to_observe(stack, i, gate, z, self.token_mask)
+        if start is None:
             return
-        token_mask, start = found
-        if i in stack.samples:  # another microbatch has begun
-            self._add_up()
         every = slice((self._steps - start) % self.config.stride, None, self.config.stride)
         stack.seen[i] = max(stack.seen[i], start + z.shape[:-1].numel())
         sample = z.detach().flatten(0, -2)[every]  # (T, F)
@@ -247,6 +243,11 @@ class NALoRA:
         weight = sample.new_ones(len(sample))  # (T,)
         if token_mask is not None:
             weight = token_mask.flatten()[every].ne(0).to(weight)
+        z.register_hook(partial(self._keep, stack, i, sample, weight))
+
+    def _keep(self, stack, i, sample, weight, grad):  # in backward: only passes that train count
+        if i in stack.samples:  # another microbatch has begun
+            self._add_up()
         stack.samples[i] = (sample, weight)
 
     def _add_up(self):
@@ -278,8 +279,7 @@ class NALoRA:
                 p.copy_(correct(next(before), p, rows[i] if is_gate_B else scales[i]))
         self._before = None
 
-    def _forget(self):
-        """Begins a step, or begins it anew when its gradients were thrown away."""
+    def _forget(self):  # at the end of a step, or when its gradients were thrown away
         self._watch.versions = None
         for stack in self._stacks:
             stack.forget()
@@ -423,10 +423,13 @@ class LlamaConfig:
 
 def rotary_tables(config, start, length, device):
     """cos and sin of each position's rotation angles, (length, head_dim) each, float32."""
-    power = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
     position = torch.arange(start, start + length, device=device).float()
-    angle = torch.outer(position, config.rope_theta ** -power).repeat(1, 2)
+    angle = torch.outer(position, rotary_frequencies(config, device)).repeat(1, 2)
     return angle.cos(), angle.sin()
+
+def rotary_frequencies(config, device=None):
+    power = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
+    return config.rope_theta ** -power  # (head_dim / 2,)
 
 def rotate(x, cos, sin):
     """Rotary embedding of x (B, heads, T, head_dim); i is paired with i + head_dim / 2."""
@@ -541,7 +544,11 @@ class Llama(nn.Module):
         not agree."""
         config = LlamaConfig.from_dict(read_json(Path(directory) / "config.json"))
         weights = read_tensors(Path(directory) / "model.safetensors")
-        weights = {k: t for k, t in weights.items() if "rotary_emb" not in k}  # of old exports
+        plain = rotary_frequencies(config)
+        for name in [name for name in weights if name.endswith("rotary_emb.inv_freq")]:
+            stored = weights.pop(name).float()  # old exports hold it
+            refuse(stored.shape != plain.shape or not stored.allclose(plain, rtol=0.01),
+                   f"{name} in {directory} is not what rope_theta makes.")
         if config.tie_word_embeddings and "model.embed_tokens.weight" in weights:
             embedding = weights["model.embed_tokens.weight"]
             refuse(not torch.equal(weights.setdefault("lm_head.weight", embedding), embedding),
@@ -557,7 +564,9 @@ class Llama(nn.Module):
     def save_pretrained(self, directory, dtype=None):
         """Writes config.json and model.safetensors, in `dtype` if given. ValueError under LoRA."""
         refuse(has_lora(self), "This model carries LoRA: merge_lora(model), or save_adapter.")
-        weights = {k: v.to(dtype or v.dtype).contiguous() for k, v in self.state_dict().items()}
+        weights = {f"{name}.{key}": p.detach().to(dtype or p.dtype).contiguous()
+                   for name, m in own_modules(self).items() for key, p in m._parameters.items()
+                   if p is not None}
         if self.config.tie_word_embeddings:
             del weights["lm_head.weight"]
         stored = str(weights["model.norm.weight"].dtype).removeprefix("torch.")
@@ -714,22 +723,22 @@ def sum_over_ranks(stacks):
                 torch.distributed.all_reduce(t)
 
 def pass_to_observe(stack, i, gate, z, token_mask):
-    """(token_mask, number of the first token) of a pass that gate i shall observe, else None, as in
-    evaluation. Gradient checkpointing computes a pass twice: one kind with gradients both times,
-    the other at first without, so that such a pass waits in `unseen` until backward comes to it."""
+    """(token_mask, number of the first token) of a pass that gate i shall observe, else Nones.
+    Gradient checkpointing computes a pass twice: one kind with gradients both times, the other at
+    first without, so that such a pass waits in `unseen` until backward comes to it."""
     if not gate.training or getattr(gate, "disable_adapters", False):
-        return None
+        return None, None  # evaluation, or a pass of the base model
     tokens = z.shape[:-1].numel()
     unseen = stack.unseen.setdefault(i, [])
     if torch._C._current_graph_task_id() != -1:  # inside a backward pass
         fits = [k for k, (_, _, size) in enumerate(unseen) if size == tokens]
-        return unseen.pop(fits[-1])[:2] if fits else None
+        return unseen.pop(fits[-1])[:2] if fits and z.requires_grad else (None, None)
     check_token_mask(token_mask, z)
     start = stack.seen[i]
-    if torch.is_grad_enabled():
+    if z.requires_grad:
         return token_mask, start
     unseen.append((token_mask, start + sum(size for _, _, size in unseen), tokens))
-    return None
+    return None, None
 
 class GateHook:
     """The forward hook of one gate. A copy of the model, or a pickle of it, has Unsteered there."""
@@ -917,7 +926,8 @@ def save_adapter(model, directory, base_model=None, settings=None):
 def load_adapter(model, directory):
     """Loads an adapter that save_adapter or PEFT wrote, injecting LoRA where there is none yet.
     Returns the module names. ValueError, with nothing changed, if a file is missing or broken, the
-    adapter is more than plain LoRA, or its modules, sizes or base model are not this model's."""
+    adapter is more than plain LoRA, or its modules, sizes or the norms of its base (to 1 %, which a
+    little fine-tuning does not change) are not this model's."""
     directory = Path(directory)
     config = read_json(directory / "adapter_config.json")
     rank, alpha = plain_sizes(config)
@@ -954,8 +964,9 @@ def load_adapter(model, directory):
 def claims(targets, name):
     """Whether PEFT's target_modules, a list of names or one regular expression, name a module."""
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(f".{name}".endswith(f".{target}") for target in targets or ())
+        with suppress(re.error):
+            return re.fullmatch(targets, name) is not None
+    return isinstance(targets, list) and any(f".{name}".endswith(f".{t}") for t in targets)
 
 # What an adapter_config.json may say of plain LoRA: anything of these, this of those, no more.
 TOLD = ("r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "task_type",

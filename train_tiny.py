@@ -435,7 +435,7 @@ def pretraining_data(run):
 
 def encode_text(tokenizer, path):
     """The documents (lines) of a text file as one list of token ids, <|endoftext|> around each."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    lines = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
     documents = tokenizer.encode_ordinary_batch(lines)
     return [i for ids in documents for i in (tokenizer.eot_token, *ids)] + [tokenizer.eot_token]
 
@@ -736,6 +736,7 @@ def sample(out, prompt):
     tokenizer = tokenizer_of(c.base, c.data)
     summary = read_json(out / "summary.json")
     ending = summary["prompt_ending"]
+    prompt = whole_text(prompt)
     prompts = [prompt if ending is None else prompt.rstrip() + ending]  # as in training
     if not prompt:
         prompts = [p["prompt"] for p in read_splits(Path(c.data))["test"][:3]]

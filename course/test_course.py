@@ -265,6 +265,8 @@ NO_MASK = ("            if name.endswith(\"gate_proj/B\"):\n"
 MASK_ON_UP = ("name.endswith(\"gate_proj/B\")", "name.endswith((\"gate_proj/B\", \"up_proj/B\"))")
 A_UNSCALED = ("            factor = np.asarray(state[\"scale\"])",
               "            factor = np.asarray(state[\"scale\"] if name[-1] == \"B\" else 1.0)")
+A_MASKED = ("            factor = np.asarray(state[\"scale\"])",
+            "            factor = np.asarray(0.0 if name.endswith(\"gate_proj/A\") else state[\"scale\"])")
 NO_LORA = ("scaling = case[\"alpha\"] / case[\"rank\"]", "scaling = 0.0")
 GRADIENT_MASKED = (  # in the place of the step's
     "                factor = (state[\"mask\"] * state[\"scale\"])[:, None]\n",
@@ -306,6 +308,7 @@ MUTANTS = {
     "no mask on the step": {"trace": mutated_trace(NO_MASK)},
     "mask on the gradient": {"trace": mutated_trace(GRADIENT_MASKED)},
     "mask on up, too": {"trace": mutated_trace(MASK_ON_UP)},
+    "A masked, too": {"trace": mutated_trace(A_MASKED)},
     "A not scaled": {"trace": mutated_trace(A_UNSCALED)},
 }
 

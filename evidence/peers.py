@@ -449,6 +449,12 @@ def save_adapter(model, directory, base_model=None, settings=None):
         save_plain(model, directory, base_model, settings)
         clear(directory, "peers.json", "peers.safetensors")
         return
+    held = {id(p) for p in learnt(model).values()}
+    others = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    if others:
+        raise ValueError(
+            f"{', '.join(others[:3])} would not be in the adapter, yet trains: freeze it."
+        )
     loras = {name: m for name, m in parts.items() if isinstance(m, (PeerLinear, LoRALinear))}
     first, tensors = (
         next(iter(loras.values()), None),
