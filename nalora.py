@@ -87,6 +87,7 @@ import math
 import os
 import re
 import warnings
+import weakref
 from collections import Counter
 from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -99,6 +100,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 # ---- Part I: the method. First pure functions: no state, no modules, any leading dimensions ------
 
@@ -143,10 +145,11 @@ def observe(act, z, weight):
     weight = weight.to(z.dtype)
     z = torch.where(weight[..., None] > 0, z, 0)  # phi(0) = 0 adds nothing
     phi, slope = value_and_slope(act, z)  # (..., T, F) each
+    positive = z.sign().relu_().sum((-2, -1))
+    z_slope_phi = (z * slope).mul_(phi).sum((-2, -1))  # in place: less memory is touched
     with torch.autocast(z.device.type, enabled=False):
-        score = (weight[..., None, :] @ slope.abs()).squeeze(-2)  # (..., F)
-    sums = GateSums(score, weight.sum(-1), (z * slope * phi).sum((-2, -1)),
-                    (phi * phi).sum((-2, -1)), z.sign().relu().sum((-2, -1)))
+        score = (weight[..., None, :] @ slope.abs_()).squeeze(-2)  # (..., F)
+    sums = GateSums(score, weight.sum(-1), z_slope_phi, phi.square_().sum((-2, -1)), positive)
     finite = (score.sum(-1) + sum(sums[1:])).isfinite()  # (...)
     return GateSums(*choose(finite, sums, [0] * 5))
 
@@ -190,8 +193,7 @@ def decide(state, sums, config):
     k_hat = sums.k_hat()
     occupancy = sums.positive / (sums.tokens * importance.size(-1))
     scale = step_scale(k_hat, occupancy) if config.scale != "none" else state.scale
-    new = (importance, mask, k_hat, occupancy, scale)
-    return State(*choose(sums.tokens > 0, new, state))
+    return State(*choose(sums.tokens > 0, (importance, mask, k_hat, occupancy, scale), state))
 
 def correct(before, after, factor):
     """blend(before, after, factor), exact at 0 and 1; a factor above 1 goes beyond `after`."""
@@ -222,11 +224,10 @@ class NALoRA:
             return  # plain LoRA
         for stack in self._stacks:
             for i, gate in enumerate(stack.gates):
-                remove_unsteered(gate)
-                self._handles.append(gate.register_forward_hook(GateHook(self, stack, i)))
+                self._handles.append(hook_gate(gate, GateHook(self, stack, i)))
         self._handles += [self._optimizer.register_step_pre_hook(self._before_step),
                           self._optimizer.register_step_post_hook(self._after_step)]
-        self._watch = Watch(self._stacks[0].gates[0], self._steered[0], self._handles)
+        self._watch = Watch(self)
         self._optimizer.nalora = self
 
     def _after_gate(self, stack, i, gate, z):
@@ -280,7 +281,7 @@ class NALoRA:
         self._before = None
 
     def _forget(self):  # at the end of a step, or when its gradients were thrown away
-        self._watch.versions = None
+        self._watch.grad_version = None
         for stack in self._stacks:
             stack.forget()
 
@@ -631,6 +632,8 @@ class Stack:
         nothing = [t[:0] for t in next(iter(self.samples.values()))]
         samples = [self.samples.get(i, nothing) for i in range(len(self.gates))]
         self.samples = {}
+        if len({len(z) for z, _ in samples}) == 1:
+            return [torch.stack(tensors) for tensors in zip(*samples)]
         return [nn.utils.rnn.pad_sequence(t, batch_first=True) for t in zip(*samples)]
 
 def stack_ffns(model, gate):
@@ -698,9 +701,11 @@ def check_optimizer(optimizer, parameters):
            "The LoRA parameters are sharded (FSDP, ZeRO-3): train with DistributedDataParallel.")
     refuse(not all(p.requires_grad for p in parameters),
            "The FFNs' LoRA parameters are frozen (PEFT: load with is_trainable=True).")
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    refuse(not {id(p) for p in parameters} <= held,
+    refuse(not {id(p) for p in parameters} <= held_by(optimizer),
            "The optimizer does not hold the FFNs' LoRA parameters: make it after LoRA is in place.")
+
+def held_by(optimizer):
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 def check_token_mask(mask, z):
     if mask is not None and mask.shape != z.shape[:-1]:  # some models flatten (batch, seq)
@@ -741,63 +746,71 @@ def pass_to_observe(stack, i, gate, z, token_mask):
     return None, None
 
 class GateHook:
-    """The forward hook of one gate. A copy of the model, or a pickle of it, has Unsteered there."""
+    """The forward hook of one gate. In a copy of the model it has no tool, and says so."""
 
-    def __init__(self, tool, stack, i):
+    def __init__(self, tool=None, stack=None, i=None):
         self.tool = tool
         self.stack = stack
         self.i = i
 
     @torch.compiler.disable
     def __call__(self, gate, inputs, z):
-        self.tool._after_gate(self.stack, self.i, gate, z)
-
-    def __reduce__(self):
-        return Unsteered, ()
-
-class Unsteered:
-    def __call__(self, gate, inputs, z):
-        if gate.training and torch.is_grad_enabled():
+        if self.tool is not None:
+            self.tool._after_gate(self.stack, self.i, gate, z)
+        elif gate.training and z.requires_grad:
             warnings.warn("This is a copy of a model that NALoRA steers; the copy trains as plain "
                           "LoRA: make a NALoRA for it, or remove() the first before copying.")
 
-def remove_unsteered(gate):
-    for key, hook in list(gate._forward_hooks.items()):
-        if isinstance(hook, Unsteered):
+    def __reduce__(self):
+        return GateHook, ()
+
+def hook_gate(gate, hook):
+    """Registers a GateHook, in the place of one that a copy of the model brought along."""
+    for key, old in list(gate._forward_hooks.items()):
+        if isinstance(old, GateHook) and old.tool is None:
             del gate._forward_hooks[key]
+    return gate.register_forward_hook(hook)
+
+def weak(method):
+    """A function that calls the method as long as its object lives, and does not keep it alive."""
+    reference = weakref.WeakMethod(method)
+    return lambda *args: reference() and reference()(*args)
 
 class Watch:
-    """Notices what goes past NALoRA: steps without its hooks, other adapters, lost gradients."""
+    """Notices what goes past NALoRA: other optimizers, other adapters, gradients thrown away."""
 
-    def __init__(self, gate, parameter, handles):
-        self.gate = gate
-        self.parameter = parameter
-        self.versions = None  # of the parameter and its gradient after the last backward pass
+    def __init__(self, tool):
+        self.gate = tool._stacks[0].gates[0]
+        self.parameter = tool._steered[0]
+        self.optimizer = tool._optimizer
+        self.grad_version = None  # of the parameter's gradient after the last backward pass
         self.adapters = self.active()
-        handles.append(parameter.register_post_accumulate_grad_hook(self.after_grad))
+        tool._handles += [
+            register_optimizer_step_post_hook(weak(self.after_any_step)),
+            self.parameter.register_post_accumulate_grad_hook(weak(self.after_grad))]
+        weakref.finalize(self, tool._handles[-2].remove)
 
     def active(self):
         return [id(p) for pair in lora_pairs(self.gate) for p in pair]
 
     def after_grad(self, parameter):
-        self.versions = (parameter._version, parameter.grad._version)
+        self.grad_version = parameter.grad._version
+
+    def after_any_step(self, optimizer, args, kwargs):
+        if optimizer is not self.optimizer and id(self.parameter) in held_by(optimizer):
+            warnings.warn("Another optimizer moved the LoRA parameters past NALoRA: make it with "
+                          "the optimizer whose step() runs.")
 
     def look(self):
-        """Warns of what is wrong; True if the gradients since the last step were thrown away."""
+        """Warns of other adapters; True if the gradients since the last step were thrown away."""
         if self.adapters != self.active() and not getattr(self.gate, "disable_adapters", False):
             self.adapters = self.active()
             warnings.warn("Other adapters are active than when this NALoRA was made, and train as "
                           "plain LoRA: remove() it and make a new one.")
-        if self.versions is None:
-            return False
         grad = self.parameter.grad
-        if self.versions[0] != self.parameter._version:
-            self.versions = None
-            warnings.warn("The LoRA parameters moved, but NALoRA's hooks were not called: make it "
-                          "with the optimizer whose step() runs.")
-        elif grad is None or (self.versions[1] != grad._version and not grad.any()):
-            return True
-        return False
+        if self.grad_version is None or grad is None:
+            return self.grad_version is not None
+        return self.grad_version != grad._version and not grad.any()
 
 def inject_lora(model, targets, rank=8, alpha=16):
     """Puts a LoRALinear in the place of every nn.Linear that `targets` name, freezes all else and
@@ -968,18 +981,18 @@ def claims(targets, name):
             return re.fullmatch(targets, name) is not None
     return isinstance(targets, list) and any(f".{name}".endswith(f".{t}") for t in targets)
 
-# What an adapter_config.json may say of plain LoRA: anything of these, this of those, no more.
+# What an adapter_config.json may say of plain LoRA: anything of these, one of those, no more.
 TOLD = ("r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "task_type",
         "layers_pattern", "base_model_name_or_path", "revision", "inference_mode", "peft_version",
         "auto_mapping", "lora_dropout", "megatron_core", "runtime_config", "qalora_group_size")
-NEUTRAL = {"peft_type": "LORA", "bias": "none", "init_lora_weights": True}
+PLAIN = {"peft_type": ["LORA"], "bias": ["none"],
+         "init_lora_weights": [True, "gaussian", "eva", "orthogonal"]}  # all on the same base
 
 def plain_sizes(config):
     """(rank, alpha) of an adapter_config.json. ValueError if it may be more than plain LoRA."""
-    inert = ("gaussian", "eva", "orthogonal")  # these begin otherwise, on the same base
-    more = [key for key, value in {"peft_type": None, **config}.items() if key not in TOLD
-            and value != NEUTRAL.get(key) and (value or key == "peft_type")
-            and not (key == "init_lora_weights" and value in inert)]
+    config = {**config, "peft_type": config.get("peft_type") or "missing"}
+    more = [key for key, value in config.items()
+            if value and key not in TOLD and value not in PLAIN.get(key, [])]
     sizes = [config.get(k) for k in ("r", "lora_alpha")]
     sound = all(isinstance(size, (int, float)) and 0 < size < 1e12 for size in sizes)
     refuse(more or not sound, "adapter_config.json is of no plain LoRA adapter: see "

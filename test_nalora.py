@@ -1,6 +1,7 @@
 """The executable specification of nalora.py and train_tiny.py, in their order. Run: pytest test_nalora.py. Offline, CPU."""
 import copy
 import functools
+import gc
 import importlib.util
 import io
 import json
@@ -16,6 +17,7 @@ import socket
 import subprocess
 import sys
 import warnings
+import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -307,7 +309,7 @@ def test_switched_off_it_is_lora_bit_for_bit(config):
 def test_what_is_off_hooks_nothing():
     count = lambda config: len(start(config)[2]._handles)
     assert count(NALoRAConfig(mask="none", scale="none")) == 0
-    assert count(NALoRAConfig()) == 5  # two gates, the step twice, one parameter's backward
+    assert count(NALoRAConfig()) == 6  # two gates, the step twice, any step, a parameter's backward
 
 
 def test_statistics_are_those_of_the_step():
@@ -769,12 +771,31 @@ def test_a_compiled_model_trains_the_same():
     assert all(torch.equal(states[0][name]["mask"], states[1][name]["mask"]) for name in states[0])
 
 
-def test_it_warns_when_the_optimizer_it_was_given_is_not_the_one_that_steps():
-    model, opt, _ = start(NALoRAConfig())
-    other = torch.optim.SGD(lora_parameters(model), lr=0.1)
-    take_step(model, other, 0)
-    with pytest.warns(UserWarning, match="make it with the optimizer whose step"):
-        take_step(model, other, 1)
+@pytest.mark.parametrize("other", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("fused", [False, True])
+def test_it_warns_when_the_optimizer_it_was_given_is_not_the_one_that_steps(other, fused):
+    model, opt, tool = start(NALoRAConfig())
+    other = other(lora_parameters(model), lr=0.1, fused=fused)
+    with pytest.warns(UserWarning, match="Another optimizer moved the LoRA parameters"):
+        take_step(model, other, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        take_step(model, opt, 1)
+        torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1).step()  # another model's
+        tool.remove()
+        take_step(model, other, 2)
+
+
+def test_a_forgotten_nalora_is_freed():
+    model, opt, tool = start(NALoRAConfig())
+    take_step(model, opt, 0)
+    parameter = weakref.ref(lora_parameters(model)[0])
+    hooks = sys.modules["torch.optim.optimizer"]._global_optimizer_post_hooks
+    count = len(hooks)
+    del model, opt, tool
+    gc.collect()
+    assert parameter() is None
+    assert len(hooks) < count
 
 
 def test_an_optimizer_that_evaluates_a_closure_is_no_reason_to_warn(recwarn):

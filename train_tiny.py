@@ -32,7 +32,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from nalora import (Llama, LlamaConfig, NALoRA, NALoRAConfig, inject_lora, load_adapter,
-                    lora_parameters, read_json, save_adapter, write_files)
+                    lora_parameters, read_json, refuse, save_adapter, write_files)
 
 DATA = Path(os.path.relpath(Path(__file__).resolve().parent)) / "data"
 RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # of torchrun
@@ -42,10 +42,8 @@ TINY = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
 
 # ---- a run's settings ----------------------------------------------------------------------------
 
-
 def flag(name):
     return name.replace("_", "-")
-
 
 @dataclass(frozen=True)
 class Config:
@@ -95,21 +93,17 @@ class Config:
             raise ValueError(f"--batch-size {self.batch_size} cannot be shared evenly by "
                              f"{self.ranks} ranks: give a multiple of {self.ranks}.")
 
-
 DEFAULTS = {"full": {"lr": 2e-3}, "pretrain": {"lr": 3e-3, "steps": 4000, "eval_every": 250,
                                                "weight_decay": 0.1, "beta2": 0.95}}
 
 # ---- the methods: each takes a model and gives the optimizer that trains it ----------------------
 
-
 def full(model, c):
     return make_optimizer(list(model.parameters()), c)
-
 
 def lora(model, c):
     inject_lora(model, c.targets, c.rank, c.alpha)
     return make_optimizer(lora_parameters(model), c)
-
 
 def nalora(model, c, **parts):
     optimizer = lora(model, c)
@@ -117,11 +111,9 @@ def nalora(model, c, **parts):
     NALoRA(model, optimizer, config)        # the whole difference between LoRA and NA-LoRA
     return optimizer
 
-
 METHODS = {"pretrain": full, "full": full, "lora": lora, "nalora": nalora,
            "nalora-mask": partial(nalora, scale="none"),
            "nalora-scale": partial(nalora, mask="none")}
-
 
 def make_optimizer(parameters, c):
     """AdamW, or SGD; matrices alone decay. parameters: a list of them, or groups as torch has."""
@@ -135,9 +127,7 @@ def make_optimizer(parameters, c):
         return torch.optim.SGD(groups, momentum=c.momentum, **options)
     return torch.optim.AdamW(groups, betas=(c.beta1, c.beta2), **options)
 
-
 # ---- the training loop ---------------------------------------------------------------------------
-
 
 def training_loop(run, first=0):
     """All of training: yields the loss, nats per target token, after every optimizer step."""
@@ -163,28 +153,23 @@ def training_loop(run, first=0):
         optimizer.zero_grad()
         yield mean_over_ranks(c, loss.detach())
 
-
 def schedule(c, step):
     """Share of the learning rate at a step: linear warm-up, then a cosine down to zero."""
     warmup = max(1, round(c.warmup * c.steps))
     done = max(0, step - warmup) / max(1, c.steps - warmup)
     return min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * done))
 
-
 class Diverged(ValueError):
     """The loss of a run is not finite."""
-
 
 def share_of_rank(c, targets, all_targets):
     """What a rank's loss is multiplied by, so that their mean is the mean over all targets."""
     return (targets != -100).sum() * c.ranks / (all_targets != -100).sum() if c.ranks > 1 else 1
 
-
 def mean_over_ranks(c, loss):
     if c.ranks > 1:
         torch.distributed.all_reduce(loss)
     return loss.item() / c.ranks
-
 
 def set_up(c, methods=METHODS):
     """Everything that a run trains with, from its Config. Writes nothing; ValueError where data,
@@ -205,9 +190,7 @@ def set_up(c, methods=METHODS):
     run.forward = DistributedDataParallel(run.model) if c.ranks > 1 else run.model
     return run
 
-
 # ---- data: every token sequence is opening, prompt, completion, end token ------------------------
-
 
 def load_tokenizer(folder=DATA):
     """The toy's byte-pair tokenizer as a tiktoken.Encoding; the last id is <|endoftext|>."""
@@ -223,7 +206,6 @@ def load_tokenizer(folder=DATA):
                                  special_tokens={"<|endoftext|>": len(ranks)})
     except (OSError, ValueError) as e:
         raise ValueError(f"{path} cannot be read as a tokenizer: {e}") from None
-
 
 class CheckpointTokenizer:
     """The tokenizer of a Hugging Face checkpoint, with the members of tiktoken's used here."""
@@ -250,14 +232,12 @@ class CheckpointTokenizer:
         starts = [i for i in range(len(dressed)) if dressed[i:i + len(plain)] == plain]
         self.opening = dressed[:starts[0]] if starts else []    # what it puts before a text
 
-
 def tokenizer_of(base, data):
     """The checkpoint's own tokenizer if it has one, else the toy's."""
     files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
     if any((Path(base) / name).exists() for name in files):
         return CheckpointTokenizer(base)
     return load_tokenizer(data if Path(data).is_dir() else DATA)
-
 
 def read_problems(path, answers=True):
     """[{"prompt", "completion", "answer" (a must if `answers`), "line"}] of a JSON-lines file.
@@ -274,21 +254,17 @@ def read_problems(path, answers=True):
             p = json.loads(line)
             p |= {key: whole_text(p[key]) for key in ("prompt", "completion")}
             answer = p["answer"] if answers else p.get("answer", 0)
-            if type(answer) not in (int, float):
-                raise ValueError("answer must be a number")
+            refuse(type(answer) not in (int, float), "answer must be a number")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise ValueError(f"{path}, line {number}: no problem with prompt, completion and "
                              f"answer ({e}).") from None
         problems.append({**p, "line": number})
-    if not problems:
-        raise ValueError(f"{path} holds no problem.")
+    refuse(not problems, f"{path} holds no problem.")
     return problems
-
 
 def whole_text(text):
     """The text with the half of a character that was cut, as emoji are in JSON, replaced."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
 
 def read_splits(data):
     """{"train", "val", "test": problems} of a folder, or of one file, where a tenth of the lines,
@@ -296,16 +272,13 @@ def read_splits(data):
     if data.is_dir():
         return {split: read_problems(data / f"{split}.jsonl") for split in SPLITS}
     problems = read_problems(data, answers=False)
-    if len(problems) < 10:
-        raise ValueError(f"{data} holds {len(problems)} problems: at least 10 are needed.")
+    refuse(len(problems) < 10, f"{data} holds {len(problems)} problems: at least 10 are needed.")
     order = np.random.default_rng(0).permutation(len(problems))
     parts = np.split(order, [len(order) // 10, len(order) // 10 * 2])
     names = ("test", "val", "train")
     return {split: [problems[i] for i in part] for split, part in zip(names, parts)}
 
-
 SPLITS = ("train", "val", "test")
-
 
 def encode_prompt(tokenizer, prompt):
     """Token ids, at least one: what opens a text (the toy's: <|endoftext|>), if the prompt does
@@ -316,14 +289,12 @@ def encode_prompt(tokenizer, prompt):
         ids = [*opening, *ids]
     return ids or [tokenizer.eot_token]
 
-
 def encode_problem(tokenizer, problem):
     """(token ids, number of prompt tokens)."""
     prompt = encode_prompt(tokenizer, problem["prompt"])
     completion = tokenizer.encode_ordinary(problem["completion"])
     end = [] if completion[-1:] == [tokenizer.eot_token] else [tokenizer.eot_token]
     return [*prompt, *completion, *end], len(prompt)
-
 
 def collate(encoded, end):
     """Encoded problems -> tokens, targets (-100 but for the completion), token_mask: (B, T)."""
@@ -336,7 +307,6 @@ def collate(encoded, end):
         targets[row, prompt - 1:len(ids) - 1] = torch.tensor(ids[prompt:])
         mask[row, :len(ids) - 1] = True
     return tokens, targets, mask
-
 
 class ProblemBatches:
     """batches(step) -> tokens, targets, token_mask: a function of seed and step alone, so that a
@@ -368,7 +338,6 @@ class ProblemBatches:
             self.epoch = epoch
             self.batches = self.order(epoch)
         return collate([self.encoded[j] for j in self.batches[position]], self.end)
-
 
 def problem_data(run, model_config):
     """Puts tokenizer, batches, validation, test problems and equations of a data folder or file
@@ -403,7 +372,6 @@ def problem_data(run, model_config):
     run.equations = read_problems(held_out)[:c.test_size]
     run.problems = splits["test"][:c.test_size]
 
-
 def digest(c):
     """SHA-256 over the names and contents of the files of a run's data and base model."""
     total = hashlib.sha256()
@@ -414,7 +382,6 @@ def digest(c):
                 with open(path, "rb") as file:
                     total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()
-
 
 def pretraining_data(run):
     """As problem_data, for `pretrain`: random windows of 128 tokens of pretrain.txt."""
@@ -432,26 +399,21 @@ def pretraining_data(run):
     held_out = text_windows(run.tokenizer, Path(c.data) / "pretrain_val.txt")
     run.validation = [(held_out[:, :-1], held_out[:, 1:], None)]
 
-
 def encode_text(tokenizer, path):
     """The documents (lines) of a text file as one list of token ids, <|endoftext|> around each."""
     lines = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
     documents = tokenizer.encode_ordinary_batch(lines)
     return [i for ids in documents for i in (tokenizer.eot_token, *ids)] + [tokenizer.eot_token]
 
-
 def text_windows(tokenizer, path):
     """A text file in consecutive windows of 129 tokens, (N, 129). ValueError if it has none."""
     ids = torch.tensor(encode_text(tokenizer, path))
-    if len(ids) < 129:
-        raise ValueError(f"{path} has {len(ids)} tokens: at least 129 are needed.")
+    refuse(len(ids) < 129, f"{path} has {len(ids)} tokens: at least 129 are needed.")
     return ids[:len(ids) // 129 * 129].view(-1, 129)
-
 
 # ---- evaluation ----------------------------------------------------------------------------------
 
 MAX_NEW = 32                            # tokens of the toy's longest solution, and some
-
 
 def solve(model, tokenizer, prompts, max_new_tokens=MAX_NEW):
     """Greedy completions of the prompts, in order. Prompts of equal length share a batch, so none
@@ -470,9 +432,7 @@ def solve(model, tokenizer, prompts, max_new_tokens=MAX_NEW):
             answers[i] = tokenizer.decode(ids[:end])
     return [answers[i] for i in range(len(prompts))]
 
-
 NUMBER = r"(?<![\w.])-?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
-
 
 def final_answer(text, mark="The answer is"):
     """The number right after the mark, the last one without a mark, or None."""
@@ -481,7 +441,6 @@ def final_answer(text, mark="The answer is"):
     else:
         numbers = re.findall(NUMBER, text)
     return Decimal(re.sub("[$,]", "", numbers[-1])) if numbers else None
-
 
 def is_right(problem, completion):
     """Whether the final number is the answer, found as the given completion shows it: after "The
@@ -492,19 +451,16 @@ def is_right(problem, completion):
     mark = next((m for m in ("The answer is", "####") if m in given), "")
     return final_answer(completion, mark) == Decimal(str(problem["answer"]))
 
-
 def exact_match(model, tokenizer, problems, max_new_tokens=MAX_NEW):
     """(share of problems solved rightly, the completions)."""
     completions = solve(model, tokenizer, [p["prompt"] for p in problems], max_new_tokens)
     return sum(map(is_right, problems, completions)) / len(problems), completions
-
 
 def arithmetic_accuracy(model, tokenizer, problems):
     """Share of equations ("12+5=") that the model completes rightly."""
     completions = solve(model, tokenizer, [p["prompt"] for p in problems], max_new_tokens=4)
     right = [c.split(".")[0].strip() == str(p["answer"]) for c, p in zip(completions, problems)]
     return sum(right) / len(problems)
-
 
 @torch.no_grad()
 def mean_loss(model, batches):
@@ -518,7 +474,6 @@ def mean_loss(model, batches):
         count += n
     return total / count
 
-
 def validate(run):
     run.model.eval()
     with run.autocast:
@@ -526,9 +481,7 @@ def validate(run):
     run.model.train()
     return loss
 
-
 # ---- one run: train, keep what is needed to go on, judge, draw -----------------------------------
-
 
 def train(run, out, state=None):
     """Trains to the last step; writes checkpoint.pt and metrics.jsonl in `out` at every record.
@@ -567,7 +520,6 @@ def train(run, out, state=None):
         write_files(out, {"metrics.jsonl": json_lines(records)})    # a kill may have come before
     return records, times
 
-
 def layer_record(statistics_now, masks_before):
     """What metrics.jsonl keeps of NA-LoRA per FFN. density: share of B_gate's rows that move;
     turnover: share of the mask that changed since the last record, None at the first."""
@@ -579,7 +531,6 @@ def layer_record(statistics_now, masks_before):
         changed = s["mask"] != masks_before[name] if masks_before else None
         record[name]["turnover"] = None if changed is None else changed.float().mean().item()
     return record
-
 
 def progress(record, steps):
     """A line such as "step 50/400  loss 0.68  val_loss 0.12  k_hat 0.98 to 1.06 ..."."""
@@ -593,7 +544,6 @@ def progress(record, steps):
         line += f"  rows {statistics.mean(layer['density'] for layer in layers):.0%}"
     return line
 
-
 def save_checkpoint(run, out, step, records):
     """One file, replaced whole: a kill at any moment leaves the old state or the new one."""
     steered = getattr(run.optimizer, "nalora", None)
@@ -606,10 +556,8 @@ def save_checkpoint(run, out, step, records):
     content = buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest()
     write_files(out, {"checkpoint.pt": content, "metrics.jsonl": json_lines(records)})
 
-
 def json_lines(rows):
     return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-
 
 def load_checkpoint(run, out):
     """Puts the run into the state of its last checkpoint and returns that, or None if there is
@@ -634,8 +582,7 @@ def load_checkpoint(run, out):
         if hashlib.sha256(content[:-32]).digest() != content[-32:]:
             raise ValueError("its content is not what was written")
         state = torch.load(io.BytesIO(content[:-32]), map_location="cpu", weights_only=True)
-        if json.loads(json.dumps(state["config"])) != here:
-            raise ValueError("it was made with other settings")
+        refuse(json.loads(json.dumps(state["config"])) != here, "it was made with other settings")
         if state["digest"] != digest(run.config):
             raise ValueError("the data or the base model has changed since: choose another --out")
         parameters = {name: state["model"][name] for name in run.trainable}
@@ -650,7 +597,6 @@ def load_checkpoint(run, out):
         raise ValueError(f"{path} is no checkpoint of this run: "
                          f"{str(e).splitlines()[0]}") from None
 
-
 def save_results(run, out):
     """The trained weights: model/ where all trains, else adapter/. Returns the file."""
     c = run.config
@@ -659,7 +605,6 @@ def save_results(run, out):
         return out / "model" / "model.safetensors"
     save_adapter(run.model, out / "adapter", base_model=c.base, settings=asdict(c))
     return out / "adapter" / "adapter_model.safetensors"
-
 
 def execute(c, out, resume=False, save=save_results, methods=METHODS):
     """One run from its Config to summary.json, which is returned; `save` writes its weights.
@@ -717,7 +662,6 @@ def execute(c, out, resume=False, save=save_results, methods=METHODS):
           f"training, {summary['wall_seconds']:.0f} s in all; written to {out}")
     return summary
 
-
 def sample(out, prompt):
     """Prints completions by the trained model in `out`."""
     saved = read_json(out / "config.json") if (out / "config.json").exists() else {}
@@ -744,7 +688,6 @@ def sample(out, prompt):
     for text, completion in zip(prompts, completions):
         print(f"{text.strip()}\n{completion}\n")
 
-
 def run_all(args):
     """full, lora and nalora on the same batches, and one table of the three."""
     summaries = {}
@@ -765,17 +708,14 @@ def run_all(args):
     draw_loss({m: list(map(json.loads, lines)) for m, lines in metrics.items()},
               args.out / "loss.png")
 
-
 def cell(value):
     if value is None:
         return "-"
     return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
 
-
 # ---- figures -------------------------------------------------------------------------------------
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
-
 
 def new_figure(columns, width=9.0, height=3.2, rows=1):
     """(figure, its axes): one row as a list, several as an array."""
@@ -789,14 +729,12 @@ def new_figure(columns, width=9.0, height=3.2, rows=1):
                                 layout="constrained")
     return figure, axes[0] if rows == 1 else axes
 
-
 def save_figure(figure, path):
     import matplotlib.pyplot as plt
     picture = io.BytesIO()
     figure.savefig(picture, dpi=130)
     write_files(path.parent, {path.name: picture.getvalue()})
     plt.close(figure)
-
 
 def draw_loss(runs, path):
     """Training and validation loss of {label: records}, from step 0 on."""
@@ -811,7 +749,6 @@ def draw_loss(runs, path):
     ax.set(xlabel="step", ylabel="loss (nats per token)", yscale="log")
     ax.legend(frameon=False)
     save_figure(figure, path)
-
 
 def draw_layers(records, path):
     """k_hat, step scale, share of positive gates and of rows that move, of each FFN over steps."""
@@ -835,9 +772,7 @@ def draw_layers(records, path):
     axes.flat[0].legend(frameon=False, fontsize="small", ncols=1 + len(names) // 8)
     save_figure(figure, path)
 
-
 # ---- the command line ----------------------------------------------------------------------------
-
 
 def command_line():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
@@ -867,7 +802,6 @@ def command_line():
     add("--keep", type=float, help="share of gate rows that move in NA-LoRA (default: 0.5)")
     return parser
 
-
 def resolve(args, method):
     """The Config of one run. ValueError on a value, or a flag that the method has no use for."""
     given = {f.name: getattr(args, f.name) for f in fields(Config)
@@ -886,16 +820,13 @@ def resolve(args, method):
                      "device": best_device(args.device), "threads": torch.get_num_threads(),
                      "ranks": int(os.environ.get("WORLD_SIZE", 1))})
 
-
 def best_device(name=None):
     """The device of that name, or the best there is. ValueError if it is not there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
              "cpu": True}
     device = name or next(name for name in there if there[name])
-    if not there[device]:
-        raise ValueError(f"--device {device} is not available here: leave it out.")
+    refuse(not there[device], f"--device {device} is not available here: leave it out.")
     return device
-
 
 @contextlib.contextmanager
 def ranks_of_torchrun(args):
@@ -916,7 +847,6 @@ def ranks_of_torchrun(args):
     finally:
         torch.distributed.destroy_process_group()
 
-
 def command(args):
     if args.threads is not None:
         if not 1 <= args.threads <= 1024:
@@ -929,7 +859,6 @@ def command(args):
         run_all(args)
     else:
         execute(resolve(args, args.method), args.out, args.resume)
-
 
 def main(argv=None):
     """The exit code: 0, or 2 with one sentence for input that cannot be used; 130 at Ctrl-C."""
@@ -954,7 +883,6 @@ def main(argv=None):
               "run the same command with --resume to go on.", file=sys.stderr)
         return 130
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())
