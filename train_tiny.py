@@ -247,12 +247,15 @@ def read_problems(path, answers=True):
     except (OSError, ValueError) as e:
         raise ValueError(f"{path} cannot be read: {e}") from None
     problems = []
+    cut = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             p = json.loads(line)
-            p |= {key: whole_text(p[key]) for key in ("prompt", "completion")}
+            whole = {key: whole_text(p[key]) for key in ("prompt", "completion")}
+            cut += [number] if whole != {key: p[key] for key in whole} else []
+            p |= whole
             answer = p["answer"] if answers else p.get("answer", 0)
             refuse(type(answer) not in (int, float), "answer must be a number")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
@@ -260,6 +263,9 @@ def read_problems(path, answers=True):
                              f"answer ({e}).") from None
         problems.append({**p, "line": number})
     refuse(not problems, f"{path} holds no problem.")
+    if cut and RANK == 0:
+        print(f"{path}, line {cut[0]}: half a character (a cut emoji) is read as U+FFFD; so in "
+              f"{len(cut)} lines.", file=sys.stderr)
     return problems
 
 def whole_text(text):

@@ -84,7 +84,7 @@ def correct(before, after, factor):
                      after - (after - before) * (1 - factor))
 
 
-# ---- a model that returns its gates, and a step of training ---------------------------------------
+# ---- a model that returns its gates, and a step of training --------------------------------------
 
 
 def forward(lora, weights, scaling, x):

@@ -1,5 +1,6 @@
-"""The lab's own tests: the vectors are those of their script, every port passes them, the solutions
-pass the checks, empty steps fail all of them, and each usual mistake fails the check meant for it."""
+"""The lab's own tests: the vectors are those of their script, every port passes them, solutions
+pass the checks, empty steps fail all of them, and each usual mistake fails the check meant for it.
+"""
 import importlib.util
 import json
 import os
@@ -51,8 +52,8 @@ def core_of_nalora(dtype):
         return nalora.observe(nalora.ACTIVATIONS[activation], tensor(z), tensor(weight))._asdict()
 
     def decide(state, sums, config):
-        state = nalora.State(**state)
-        return nalora.decide(state, nalora.GateSums(**sums), nalora.NALoRAConfig(**config))._asdict()
+        config = nalora.NALoRAConfig(**config)
+        return nalora.decide(nalora.State(**state), nalora.GateSums(**sums), config)._asdict()
 
     def correct(before, after, factor):
         return nalora.correct(tensor(before), tensor(after), tensor(factor))
@@ -91,7 +92,7 @@ def test_interop_the_tour_runs():
     assert "nalora: mean |change|" in printed and "plain mean of kappa" in printed
 
 
-# ---- misreadings, each of which the vectors must find ---------------------------------------------
+# ---- misreadings, each of which the vectors must find --------------------------------------------
 
 
 def port_with(**changes):
@@ -176,7 +177,8 @@ def mask_of(count, key):
         if config["mask"] == "none":
             return {}
         mask = np.zeros(len(new["mask"]), bool)
-        mask[np.argsort(key(new["importance"]), kind="stable")[:count(config["keep"], mask.size)]] = 1
+        order = np.argsort(key(new["importance"]), kind="stable")
+        mask[order[:count(config["keep"], mask.size)]] = True
         return {"mask": mask}
     return edit
 
@@ -266,7 +268,8 @@ MASK_ON_UP = ("name.endswith(\"gate_proj/B\")", "name.endswith((\"gate_proj/B\",
 A_UNSCALED = ("            factor = np.asarray(state[\"scale\"])",
               "            factor = np.asarray(state[\"scale\"] if name[-1] == \"B\" else 1.0)")
 A_MASKED = ("            factor = np.asarray(state[\"scale\"])",
-            "            factor = np.asarray(0.0 if name.endswith(\"gate_proj/A\") else state[\"scale\"])")
+            "            factor = np.asarray(0.0 if name.endswith(\"gate_proj/A\")\n"
+            "                                else state[\"scale\"])")
 NO_LORA = ("scaling = case[\"alpha\"] / case[\"rank\"]", "scaling = 0.0")
 GRADIENT_MASKED = (  # in the place of the step's
     "                factor = (state[\"mask\"] * state[\"scale\"])[:, None]\n",
@@ -323,8 +326,9 @@ def test_the_vectors_find_every_misreading(name, precision):
 
 
 def pytest_check(lab, *more):
-    return subprocess.run([sys.executable, "-m", "pytest", "-q", "course/check.py", *more], cwd=ROOT,
-                          env={**os.environ, "LAB": lab}, capture_output=True, text=True).stdout
+    command = [sys.executable, "-m", "pytest", "-q", "course/check.py", *more]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, "LAB": lab}, capture_output=True,
+                          text=True).stdout
 
 
 def test_the_solutions_pass_and_empty_steps_fail_every_check():

@@ -29,8 +29,8 @@ def load():
     tensors = load_file(VECTORS / "vectors.safetensors")
     cases = {}
     for name, case in ABOUT["cases"].items():
-        own = {k.removeprefix(f"{name}/"): t for k, t in tensors.items() if k.startswith(f"{name}/")}
-        cases[name] = (case, own)
+        keys = [key for key in tensors if key.startswith(f"{name}/")]
+        cases[name] = (case, {key.removeprefix(f"{name}/"): tensors[key] for key in keys})
     return cases
 
 
@@ -83,7 +83,8 @@ def failures(port, precision="float64", only=None):
         for what, got, wanted in results(port, case, t):
             got = np.asarray(got, dtype=np.float64)
             if got.shape != wanted.shape:
-                found.append((name, what, f"shape {got.shape}, not {wanted.shape}", case["catches"]))
+                how = f"shape {got.shape}, not {wanted.shape}"
+                found.append((name, what, how, case["catches"]))
                 break
             if not np.allclose(got, wanted, rtol=tolerance, atol=tolerance, equal_nan=True):
                 error = np.nanmax(np.abs(got - wanted)) if np.isfinite(got).any() else np.nan

@@ -204,9 +204,15 @@ class Control(NALoRA):
         finite = score.sum(-1, keepdim=True).isfinite() & (sums.tokens > 0)[:, None]
         return sums._replace(score=torch.where(finite, score, 0))
 
+    def _keep(self, stack, i, *sample):
+        super()._keep(stack, i, *sample)  # may add up the pass before, with its features
+        if self.choices.score == "downstream":
+            self.features[stack, i] = self.latest[stack, i]
+
     def _hook_features(self):
         """Samples |u| where the gates are sampled, for score="downstream"."""
-        self.features = {}
+        self.features = {}  # of the passes that `stack.samples` holds
+        self.latest = {}  # of the last forward pass
         self.norms = {}
         for stack in self._stacks:
             for i, ffn in enumerate(stack.ffns):
@@ -226,7 +232,7 @@ class Control(NALoRA):
                 first = (self._steps - stack.seen["up", i]) % self.config.stride
                 every = slice(first, None, self.config.stride)
                 stack.seen["up", i] += u.shape[:-1].numel()
-                self.features[stack, i] = widen(u.detach().flatten(0, -2)[every]).abs()  # (T, F)
+                self.latest[stack, i] = widen(u.detach().flatten(0, -2)[every]).abs()  # (T, F)
 
         return hook
 

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from nalora import (ACTIVATIONS, GateSums, NALoRA, NALoRAConfig, State, correct, decide,  # noqa: E402
-                    inject_lora, lora_parameters, observe)
+from nalora import (ACTIVATIONS, GateSums, NALoRA, NALoRAConfig, State, correct,  # noqa: E402
+                    decide, inject_lora, lora_parameters, observe)
 
 MARGIN = 1e-4  # least relative distance of importance at the cut: float32 must choose alike
 FACES = ("gate_proj", "up_proj", "down_proj")
