@@ -379,15 +379,18 @@ def problem_data(run, model_config):
     run.problems = splits["test"][:c.test_size]
 
 def digest(c):
-    """SHA-256 over the names and contents of the files of a run's data and base model."""
-    total = hashlib.sha256()
+    """{"data", "base": SHA-256 over the names and contents of its files}."""
     kinds = (".json", ".jsonl", ".safetensors", ".model", ".tiktoken", ".txt")
-    for place in map(Path, (c.data, c.base) if c.base else (c.data,)):
+    found = {}
+    for key, place in (("data", Path(c.data)), ("base", Path(c.base or c.data))):
+        total = hashlib.sha256()
         for path in sorted(place.iterdir()) if place.is_dir() else [place]:
-            if path.suffix in kinds or path == place:
+            if path.is_file() and (path.suffix in kinds or path == place):
                 with open(path, "rb") as file:
-                    total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()
+                    content = hashlib.file_digest(file, "sha256").digest()
+                total.update(path.name.encode() + content)
+        found[key] = total.hexdigest()
+    return found
 
 def pretraining_data(run):
     """As problem_data, for `pretrain`: random windows of 128 tokens of pretrain.txt."""
@@ -589,8 +592,8 @@ def load_checkpoint(run, out):
             raise ValueError("its content is not what was written")
         state = torch.load(io.BytesIO(content[:-32]), map_location="cpu", weights_only=True)
         refuse(json.loads(json.dumps(state["config"])) != here, "it was made with other settings")
-        if state["digest"] != digest(run.config):
-            raise ValueError("the data or the base model has changed since: choose another --out")
+        for key, now in digest(run.config).items():
+            refuse(state["digest"][key] != now, f"the {key} has changed since")
         parameters = {name: state["model"][name] for name in run.trainable}
         run.optimizer.load_state_dict(state["optimizer"])
         if state["nalora"]:
@@ -678,13 +681,17 @@ def sample(out, prompt):
     if not (out / "summary.json").exists():
         raise ValueError(f"The run in {out} is not finished: run its command again with --resume.")
     c = Config(**{name: saved[name] for name in known})
+    summary = read_json(out / "summary.json")
+    refuse(not {"prompt_ending", "max_new_tokens", "digest"} <= set(summary),
+           f"The run in {out} is of another version of this program: train it anew.")
     if c.method in ("pretrain", "full"):
         model = Llama.from_pretrained(out / "model")
     else:
+        refuse(digest(c)["base"] != dict(summary["digest"]).get("base"),
+               f"{c.base} is not the base model that {out} was trained on: it has changed since.")
         model = Llama.from_pretrained(c.base)
         load_adapter(model, out / "adapter")
     tokenizer = tokenizer_of(c.base, c.data)
-    summary = read_json(out / "summary.json")
     ending = summary["prompt_ending"]
     prompt = whole_text(prompt)
     prompts = [prompt if ending is None else prompt.rstrip() + ending]  # as in training

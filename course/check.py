@@ -141,8 +141,8 @@ def test_step5_observe():
     kept = z[weight > 0]
     phi, slope = by_autograd("silu", kept)
     say(not close(sums["score"], slope.sum(0)), "The score is the sum of |phi'|, not of phi'.")
-    wanted = {"score": np.abs(slope).sum(0), "tokens": 4.0,
-              "z_slope_phi": (kept * slope * phi).sum(), "phi_phi": (phi * phi).sum(), "positive": (kept > 0).sum()}
+    wanted = {"score": np.abs(slope).sum(0), "tokens": 4.0, "positive": (kept > 0).sum(),
+              "z_slope_phi": (kept * slope * phi).sum(), "phi_phi": (phi * phi).sum()}
     for key, value in wanted.items():
         say(close(sums[key], value), f"{key} is {sums[key]}, not {value}.")
     z[1] = np.nan
