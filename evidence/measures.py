@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import train_tiny
 from evidence import controls, peers
-from nalora import (Llama, activation, effective_homogeneity, is_gated_ffn, merge_lora, read_json,
+from nalora import (GatedFFN, Llama, effective_homogeneity, merge_lora, read_json,
                     selection_weight, value_and_slope, widen, write_files)
 from train_tiny import CheckpointTokenizer, arithmetic_accuracy, exact_match, mean_loss
 
@@ -58,7 +58,7 @@ def answer_gates(model, batches, limit=4000):
     """{FFN name: gates z (N, F)} of at most `limit` answer tokens, evenly spread over batches."""
     total = sum((targets != -100).sum().item() for _, targets, _ in batches)
     every = math.ceil(total / limit)
-    found = {name: [] for name, ffn in model.named_modules() if is_gated_ffn(ffn)}
+    found = {name: [] for name, ffn in model.named_modules() if isinstance(ffn, GatedFFN)}
     seen = {}
 
     def hook_of(name):
@@ -81,7 +81,7 @@ def observe(model, batches):
     """{FFN name: (gates on answer tokens (N, F), gate weight (F, hidden), activation)}."""
     gates = answer_gates(model, batches)
     ffns = {name: model.get_submodule(name) for name in gates}
-    return {name: (gates[name], ffn.gate_proj.weight.detach(), activation(ffn))
+    return {name: (gates[name], ffn.gate_proj.weight.detach(), ffn.act_fn)
             for name, ffn in ffns.items()}
 
 

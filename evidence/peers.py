@@ -48,10 +48,10 @@ import torch.nn.functional as F
 import nalora
 import train_tiny
 from nalora import (
+    GatedFFN,
     LoRALinear,
     NALoRA,
     NALoRAConfig,
-    is_gated_ffn,
     read_json,
     read_tensors,
     widen,
@@ -255,7 +255,7 @@ def inject(model, peer, targets=(), rank=8, alpha=16):
             f"rank is {rank!r} and alpha {alpha!r}: give a whole number of at least 1 and a number "
             "above zero."
         )
-    ffns = {name: m for name, m in model.named_modules() if "nora" in peer and is_gated_ffn(m)}
+    ffns = {name: m for name, m in model.named_modules() if "nora" in peer and isinstance(m, GatedFFN)}
     if "nora" in peer and not ffns:
         raise ValueError("NoRA adapts the activation of gated FFNs, and this model has none.")
     trained = [p for p in model.parameters() if p.requires_grad]

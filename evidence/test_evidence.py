@@ -607,7 +607,10 @@ def test_the_benchmark_measures_the_same_work(base, tmp_path, capsys, monkeypatc
     assert list(rows) == ["full", "lora", "nalora"] and rows["lora"]["ratio"] == [1, 1, 1]
     assert len({f"{row['first_loss']:.4f}" for row in rows.values()}) == 1                   # B = 0: the base model's loss on the same batch
     assert all(0 < row["share_of_matmul_peak"] < 1 and row["step_ms"][0] <= row["step_ms"][2] and row["peak_memory_mb"][0] > 50 for row in rows.values())
-    assert all(s["lora"] > 0 and s["nalora"] > 0 for s in b["sizes"]) and b["generation_seconds"] > 0 and 0.5 < sum(b["profile"]["nalora"].values()) <= 1
+    assert all(s["lora"] > 0 and s["nalora"] > 0 for s in b["sizes"]) and b["generation_seconds"] > 0
+    profile = b["profile"]["nalora"]  # shares of a step, the largest first; which is largest depends on the load
+    assert list(profile.values()) == sorted(profile.values(), reverse=True) and 0.1 < sum(profile.values()) <= 1
+    assert {"aten::mm", "Optimizer.step#AdamW.step"} <= set(profile)
     for table in report.bench_tables(b).values():
         assert table in (tmp_path / "bench.md").read_text()
     (tmp_path / "results").mkdir()

@@ -1,0 +1,337 @@
+"""Which of transformers' causal language models NA-LoRA steers, tried one by one on tiny random
+models under PEFT's LoRA on all linear layers:
+
+    python -m evidence.families             every family, some minutes; writes results/families.json
+    python -m evidence.families qwen3 glm4  some families, only printed
+    python -m evidence.families --report    the table of evidence/README.md, from the file
+
+A row says "steered" only if two things were seen. The importance is the mean |phi'| of what each
+FFN's activation received, all tokens counted by a hook of our own. And one step of SGD moved the
+rows of every B_gate as the mask and the scale say, bit for bit, seen beside plain LoRA's step.
+"""
+
+import argparse
+import contextlib
+import io
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from nalora import (
+    NALoRA,
+    NALoRAConfig,
+    correct,
+    inject_lora,
+    lora_pairs,
+    own_activation,
+    read_json,
+    value_and_slope,
+    write_files,
+)
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def all_of(names, value):
+    return dict.fromkeys(names.split(), value)
+
+
+WIDE = all_of(
+    "intermediate_size ffn_dim d_ff n_inner ffn_hidden_size encoder_ffn_dim decoder_ffn_dim "
+    "shared_expert_intermediate_size shared_intermediate_size intermediate_size_mlp "
+    "dense_intermediate_size moe_intermediate_size",
+    48,
+)
+EXPERTS = all_of("num_experts num_local_experts n_routed_experts moe_num_experts", 4)
+EXPERTS |= all_of("n_group topk_group num_expert_group first_k_dense_replace n_shared_experts", 1)
+EXPERTS |= all_of("num_experts_per_tok num_experts_per_token moe_topk moe_k", 2)
+OTHER = all_of("hidden_size d_model n_embd embed_dim dim word_embed_proj_dim lru_width", 32)
+OTHER |= all_of("num_hidden_layers n_layer num_layers n_layers encoder_layers decoder_layers", 2)
+OTHER |= all_of("num_attention_heads n_head num_heads n_heads mamba_n_heads", 4)
+OTHER |= all_of("encoder_attention_heads decoder_attention_heads rotary_dim", 4)
+OTHER |= all_of("qk_head_dim kv_lora_rank q_lora_rank sliding_window image_size", 16)
+OTHER |= all_of("head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim mamba_d_state", 8)
+OTHER |= all_of("hidden_size_per_layer_input patch_size", 8)
+OTHER |= all_of("vocab_size vocab_size_per_layer_input max_position_embeddings n_positions", 64)
+OTHER |= {
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "num_kv_shared_layers": 0,
+    "use_cache": False,
+    "attention_types": [[["global", "local"], 1]],
+    "is_decoder": True,
+    "is_encoder_decoder": False,
+}
+MAY_BE_UNSET = {*WIDE, *EXPERTS}
+SIZES = WIDE | EXPERTS | OTHER
+
+
+def tiny(config_class, **changes):
+    """A configuration of a few thousand parameters: the class's own, with small SIZES."""
+    default = config_class()
+    names = {name for name in vars(default) if not name.startswith("_")}
+    small = {
+        name: SIZES[name]
+        for name in names & set(SIZES)
+        if type(vars(default)[name]) is type(SIZES[name])
+        or vars(default)[name] is None
+        and name in MAY_BE_UNSET
+    }
+    for name in getattr(config_class, "sub_configs", {}):
+        part = vars(default).get(name)
+        if part is not None:
+            small[name] = tiny(type(part)).to_dict()
+    return config_class(**{**small, **{k: v for k, v in changes.items() if k in names}})
+
+
+# Families whose sizes must fit together in ways of their own.
+SPECIAL = [
+    {},
+    {"head_dim": 4},
+    {"num_key_value_heads": 4},
+    {"num_hidden_layers": 4},
+    {"num_hidden_layers": 4, "head_dim": 4, "num_key_value_heads": 4},
+    {"num_experts_per_tok": 1},
+    {"mamba_d_head": 16, "num_hidden_layers": 4},
+    {"layer_types": ["full_attention", "conv"]},
+]
+
+
+def build(name):
+    """A tiny random model of that class, in training mode. ValueError if none could be built."""
+    import transformers
+
+    errors = []
+    for changes in SPECIAL:
+        try:
+            torch.manual_seed(0)
+            model_class = getattr(transformers, name)
+            model = model_class(tiny(model_class.config_class, **changes))
+            loss_of(model).backward()
+            model.zero_grad()
+            return model.train()
+        except Exception as e:  # transformers raises many kinds; the first one tells most
+            errors.append(f"{type(e).__name__}: {e}")
+    raise ValueError(" ".join(errors[0].split())[:160])
+
+
+def loss_of(model):
+    torch.manual_seed(1)  # also of what the model draws (dropout, noise of a router)
+    tokens = torch.randint(3, 60, (2, 12))
+    return model(input_ids=tokens).logits.float().square().mean()
+
+
+# ---- one family ----------------------------------------------------------------------------------
+
+
+def with_lora(model, by_peft):
+    """The model with LoRA on all linear layers, B away from 0."""
+    if by_peft:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    else:
+        head = model.get_output_embeddings()
+        linears = {
+            name: m
+            for name, m in model.named_modules()
+            if type(m) is torch.nn.Linear and m is not head and min(m.weight.shape) >= 4
+        }
+        inject_lora(model, [name for name in linears if "router" not in name], rank=4, alpha=8)
+    torch.manual_seed(2)
+    for layer in model.modules():
+        for A, B in lora_pairs(layer):
+            torch.nn.init.normal_(B.data, std=0.02)
+    return model.train()
+
+
+def optimizer_of(model):
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+
+
+def candidates(model):
+    """Names of layers with LoRA beside an activation, for gate=."""
+    names = {name: m for name, m in model.named_modules() if lora_pairs(m)}
+    parents = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
+    return dict.fromkeys(
+        name.rpartition(".")[2]
+        for name in names
+        if own_activation(parents[name]) is not None and not re.search("router|attn", name)
+    )
+
+
+def steer(fresh, keywords):
+    """(problem, stacks) of one step beside plain LoRA's, from two equal models that fresh() makes.
+    problem is "" where all is as it should be. ValueError if NALoRA refuses."""
+    plain = fresh()
+    try:
+        loss_of(plain).backward()
+    except Exception as e:
+        raise ValueError(f"This LoRA does not run: {e}") from None
+    optimizer_of(plain).step()
+    model = fresh()
+    optimizer = optimizer_of(model)
+    tool = NALoRA(model, optimizer, NALoRAConfig(stride=1, keep=0.25), **keywords)
+    received = {}
+
+    def note(key, z):
+        received.setdefault(key, []).append(z.detach().flatten(0, -2).float())
+
+    for stack in tool._stacks:
+        for i, (ffn, gate) in enumerate(zip(stack.ffns, stack.gates)):
+            if stack.sees_act[i]:
+                own_activation(ffn).register_forward_pre_hook(
+                    lambda act, inputs, key=(stack, i): note(key, inputs[0])
+                )
+            else:
+                gate.register_forward_hook(lambda gate, x, z, key=(stack, i): note(key, z))
+    before = {id(p): p.detach().clone() for p in model.parameters()}
+    loss_of(model).backward()
+    optimizer.step()
+    after = dict(zip(map(id, model.parameters()), plain.parameters()))
+    if not received:
+        raise ValueError("no FFN that could be steered was called")
+    for stack, i in received:
+        z = torch.cat(received[stack, i])
+        importance = value_and_slope(stack.act, z)[1].abs().mean(0)
+        state = tool.statistics()[stack.names[i]]
+        if not torch.allclose(importance * 0.1, state["importance"], rtol=1e-4, atol=1e-6):
+            return "importance is not that of the activation's input", tool._stacks
+        for p, _, j, is_gate in stack.steered:
+            if i != j:
+                continue
+            factor = torch.full((len(p), 1), state["scale"])
+            if is_gate:
+                rows = torch.arange(len(p)) if stack.rows is None else stack.rows
+                factor[rows] *= state["mask"][:, None]
+            if not torch.equal(p, correct(before[id(p)], after[id(p)], factor)):
+                return "a step is not blended as mask and scale say", tool._stacks
+            if is_gate and torch.equal(p, before[id(p)]):
+                return "no row of B_gate moved", tool._stacks
+    return "", tool._stacks
+
+
+def gated(tool_stack):
+    """Whether an FFN multiplies its activation by features: another layer is as wide, or fused."""
+    ffn, gate = tool_stack.ffns[0], tool_stack.gates[0]
+    width = tool_stack.state.mask.size(-1)
+    others = [m for m in ffn.children() if m is not gate]
+    return tool_stack.rows is not None or any(
+        getattr(m, "out_features", None) == width for m in others
+    )
+
+
+def try_family(name):
+    """{"outcome": steered, ungated, refused, not built or wrong, "how", "said"} of a class."""
+    try:
+        build(name)
+    except ValueError as e:
+        return {"outcome": "not built", "how": "", "said": str(e)}
+    said = []
+    for by_peft in (True, False):
+
+        def fresh():
+            return with_lora(build(name), by_peft)
+
+        try:
+            names = candidates(fresh())
+        except Exception as e:
+            said.append(f"This LoRA does not go in: {e}")
+            continue
+        ways = [{}, *({"gate": gate} for gate in names), {"gate": "w1", "act": F.silu}]
+        for keywords in ways:
+            try:
+                problem, stacks = steer(fresh, keywords)
+            except ValueError as e:
+                said.append(str(e).splitlines()[0])
+                continue
+            how = ", ".join(f"{k}={getattr(v, '__name__', repr(v))}" for k, v in keywords.items())
+            kind = "steered" if gated(stacks[0]) else "ungated"
+            return {
+                "outcome": "wrong" if problem else kind,
+                "how": how if by_peft else f"inject_lora {how}".strip(),
+                "said": problem,
+            }
+    return {"outcome": "refused", "how": "", "said": said[0]}
+
+
+# ---- all families --------------------------------------------------------------------------------
+
+
+def survey(chosen):
+    """{class: row of `try_family`} of transformers' causal language models."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+
+    transformers.logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    rows = {}
+    for kind, names in NAMES.items():
+        name = names if isinstance(names, str) else names[0]
+        if name in rows or chosen and kind not in chosen:
+            continue
+        with contextlib.redirect_stdout(io.StringIO()):
+            rows[name] = try_family(name)
+        print(name, *filter(None, rows[name].values()), sep=" | ", flush=True)
+    return rows
+
+
+TITLES = {
+    "steered": "Gated, steered and verified",
+    "ungated": "No gate, steered and verified with the layer in front of the activation",
+    "refused": "Refused",
+    "not built": "Not tried: no tiny model of it could be built",
+    "wrong": "Steered, but wrong",
+}
+
+
+def report(rows):
+    """The Markdown table of the families, by outcome."""
+    lines = ["| outcome | how | families |", "|---|---|---|"]
+    for outcome, title in TITLES.items():
+        groups = {}
+        for name, row in rows.items():
+            if row["outcome"] == outcome:
+                short = re.sub("(ForCausalLM|LMHeadModel|ForConditionalGeneration)$", "", name)
+                how = row["how"] or ("PEFT, all linear layers" if outcome == "steered" else "")
+                groups.setdefault(reason(row["said"]) or how, []).append(short)
+        count = sum(map(len, groups.values()))
+        for how, names in sorted(groups.items(), key=lambda group: -len(group[1])):
+            lines.append(f"| {title} ({count}) | {how} | {len(names)}: {', '.join(names)} |")
+    return "\n".join(lines)
+
+
+def reason(said):
+    """What a refusal says, without the names of one model."""
+    kinds = {
+        "fused experts": "PEFT puts the LoRA on fused experts, and there is no other gated FFN",
+        "No gated FFN": "no linear layer stands in front of an activation and carries LoRA",
+        "no activation": "the layer called gate_proj belongs to no FFN (attention)",
+        "no module of its own": "gate and up are one layer, and the activation is no module",
+        "This LoRA": "PEFT's LoRA does not go in, or its model does not run",
+    }
+    return next((kind for mark, kind in kinds.items() if mark in said), said.split(":")[0])
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("families", nargs="*", help="model types, such as qwen3 (default: all)")
+    parser.add_argument("--report", action="store_true", help="print the table of the last survey")
+    args = parser.parse_args(argv)
+    if not args.report:
+        rows = survey(args.families)
+        if not args.families:
+            write_files(RESULTS, {"families.json": rows})
+    else:
+        rows = read_json(RESULTS / "families.json")
+    print(report(rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
