@@ -23,7 +23,7 @@ USE IT. One line turns a LoRA loop into an NA-LoRA loop:
     nalora = NALoRA(model, optimizer)  # the one line; now train as ever
 
 THE ALGORITHM. Each FFN has F gate channels and LoRA pairs (A, B) on gate, up and down. Defaults:
-keep 0.5, ema 0.9, stride 17. z is the gate's output, with LoRA's update in it.
+keep 0.5, ema 0.9, stride 17. z is what the activation receives, with LoRA's update in it.
 
     start    importance I = 0, mask = every row, scale = 1, n = 0 steps
     forward  Number the tokens i = 0, 1, ... since the last step: row by row, padding too, on
@@ -204,19 +204,18 @@ GATES = ("gate_proj", "gate_up_proj")  # names of the linear layer in front of t
 
 class NALoRA:
     """Turns a LoRA training loop into NA-LoRA: make one after the optimizer, change nothing else.
-    It steers every FFN whose gate carries LoRA, ours or PEFT's; making it says in one line what is
-    steered and what trains as plain LoRA. optimizer: one or several that step together. gate: the
-    linear layer in front of an activation, or several, by name ("fc1", "mlp.c_fc"); one that holds
-    gate and up at once will do. act: the activation of FFNs that have none as an attribute.
-    Make it before the first compiled call. With padded batches set `token_mask` (batch, seq),
-    nonzero for real tokens, before each pass. The state travels in optimizer.state_dict().
+    It steers every FFN whose gate carries LoRA, ours or PEFT's, and says in one line how many.
+    optimizer: one, or a list of those that step together. gate: name or names of the linear layer
+    in front of an activation ("fc1", "mlp.c_fc"); one that holds gate and up at once will do. act:
+    the activation of FFNs that have none as attribute. Make it before the first compiled call.
+    With padded batches set `token_mask` (batch, seq), nonzero for real tokens, before each pass.
     ValueError if no gate carries LoRA, or the optimizers lack it, keep copies or are steered."""
 
     def __init__(self, model, optimizer, config=None, gate=GATES, act=None):
         self.config = config or NALoRAConfig()
         self.token_mask = None
         self._stacks, self._said = stack_ffns(model, gate, act)
-        self._steered = steered_by(optimizer, self._stacks)  # {optimizer: [(p, stack, i, ...)]}
+        self._steered = steered_by(optimizer, self._stacks)  # {optimizer: [(parameter, ...)]}
         self._before = None
         self._steps = 0
         self._handles = []
@@ -224,50 +223,21 @@ class NALoRA:
             print(self)
         if self.config.mask == self.config.scale == "none":
             return  # plain LoRA
-        for stack in self._stacks:
-            for i, gate in enumerate(stack.gates):
-                self._handles += hook_ffn(stack, i, partial(self._after_gate, stack, i),
-                                          partial(self._before_act, stack, i))
+        self._watch = Watch(self)
+        self._observers = [Observer(self, stack, i) for stack in self._stacks
+                           for i in range(len(stack.gates))]
         for optimizer in self._steered:
             self._handles += [optimizer.register_step_pre_hook(self._before_step),
                               optimizer.register_step_post_hook(self._after_step)]
             optimizer.nalora = self
-        self._watch = Watch(self)
-        self._handles += [optimizer.register_state_dict_post_hook(self._into_checkpoint),
-                          optimizer.register_load_state_dict_post_hook(self._from_checkpoint)]
-        self._from_checkpoint(optimizer)
+        keep_in_checkpoints(self, optimizer)
 
     def __repr__(self):
         return self._said
 
-    def _after_gate(self, stack, i, gate, z):
-        """Forward hook of gate i of a stack: keeps a sample of z. Evaluation leaves no trace."""
-        if self._before is None and self._watch.look(gate):  # not by a closure, inside the step
-            self._forget()
-        token_mask, start = pass_to_observe(stack, i, gate, z, self.token_mask)
-        stack.output[i] = None
-        if start is None:
-            return
-        stack.seen[i] = max(stack.seen[i], start + z.shape[:-1].numel())
-        handle = self._sample(stack, i, z, token_mask, start) if stack.rows is None else None
-        if stack.sees_act[i]:
-            stack.output[i] = (z, handle, token_mask, start)
-
-    def _before_act(self, stack, i, act, inputs):
-        """Forward pre-hook of the activation: what it sees counts, where that is not the gate's
-        output as it is (a part of it, or changed on the way)."""
-        output, handle, token_mask, start = stack.output[i] or [None] * 4
-        z = inputs[0]
-        if output is not None and output is not z:
-            if handle:
-                handle.remove()
-            stack.find_rows(i, z, output)
-            self._sample(stack, i, z, token_mask, start)
-        elif output is None:
-            stack.early.add(i)
-        stack.output[i] = None
-
-    def _sample(self, stack, i, z, token_mask, start):
+    def _see(self, stack, i, z, token_mask, start):
+        """Samples what FFN i of a stack passes to its activation, z (..., F): called in each pass
+        that trains. start: number of its first token since the last step."""
         every = slice((self._steps - start) % self.config.stride, None, self.config.stride)
         sample = z.detach().flatten(0, -2)[every]  # (T, F)
         sample = sample.to(stack.state.importance, copy=True)
@@ -291,9 +261,8 @@ class NALoRA:
                     stack.sums = stack.sums + self._observe(stack, z, weight)
 
     def _before_step(self, optimizer, args, kwargs):
-        for stack in self._stacks:
-            for i in stack.early:
-                refuse(stack.output[i], NOT_SEEN.format(stack.names[i]))
+        for observer in self._observers:
+            observer.check()
         self._before = [local(p).clone() for p, *_ in self._steered[optimizer]]
 
     @torch.no_grad()
@@ -303,23 +272,22 @@ class NALoRA:
         decided = len(self._steered) > 1 and not any(stack.seen for stack in self._stacks)
         if not decided and (skipped is None or not skipped.item()):
             self._add_up()
-            sum_over_ranks(self._stacks)
+            sum_over_ranks(self._stacks, self.token_mask)
             self._decide()
             self._steps += 1
         self._forget()
         factors = {stack: stack.factors(*self._factors(stack.state)) for stack in self._stacks}
         for (p, stack, i, is_gate_B), before in zip(self._steered[optimizer], self._before):
-            rows, scales = factors[stack]  # of (rows of B, 1) each; of 0-dim
+            rows, scales = factors[stack]  # (rows of B, 1) of each FFN, 0-dim
             factor = own_rows(rows[i], p) if is_gate_B else scales[i]
             after = local(p)
             after.copy_(correct(before, after, factor))
         self._before = None
-        self._watch.remember()
+        self._watch.after_step()
 
     def _forget(self):  # at the end of a step, or when its gradients were thrown away
-        self._watch.after_backward.clear()
-        for stack in self._stacks:
-            stack.forget()
+        for part in (self._watch, *self._observers, *self._stacks):
+            part.forget()
 
     # What a variant overrides: what is summed, what is decided, what a step is multiplied by.
 
@@ -356,14 +324,6 @@ class NALoRA:
             for i, name in enumerate(stack.names):
                 for key, t in state["ffns"][name].items():
                     getattr(stack.state, key)[i] = t
-
-    def _into_checkpoint(self, optimizer, state):  # of optimizer.state_dict()
-        state["param_groups"][0]["nalora"] = self.state_dict()
-
-    def _from_checkpoint(self, optimizer):
-        state = optimizer.param_groups[0].pop("nalora", None)
-        if state is not None:
-            self.load_state_dict(state)
 
     def remove(self):
         """Takes every hook off. What follows is plain LoRA training."""
@@ -635,18 +595,13 @@ def choose(condition, yes, no):
 def shapes(tensors):
     return {name: tuple(t.shape) for name, t in tensors.items()}
 
-NOT_SEEN = ("In {} the activation does not see the output of the layer that `gate` names: name the "
-            "one in front of it.")
-
 class Stack:
     """FFNs of one width, device and activation; their states stand stacked."""
 
-    def __init__(self, act, ffns, places):  # {name: (FFN, its gate)}
+    def __init__(self, act, ffns):  # {name: (FFN, its gate)}
         self.act = getattr(act, "forward", act)  # without the module's hooks
         self.names = list(ffns)
         self.ffns, self.gates = zip(*ffns.values())
-        self.sees_act = [isinstance(own_activation(ffn), nn.Module)
-                         and places[id(own_activation(ffn))] == 1 for ffn in self.ffns]
         self.steered = []  # (parameter, this stack, which FFN, whether it is B_gate)
         for i, ffn in enumerate(self.ffns):
             layers = [m for name, m in own_modules(ffn).items() if "." not in name]
@@ -657,29 +612,24 @@ class Stack:
                  for p, *_ in self.steered)
         refuse(not all(whole), "The LoRA parameters are flattened or sharded within rows (FSDP1, "
                "ZeRO-3): use FSDP2's fully_shard, or DistributedDataParallel.")
-        B = lora_pairs(self.gates[0])[0][1].detach()  # (rows, rank)
+        B = lora_pairs(self.gates[0])[0][1]  # (rows, rank)
         dtype = torch.promote_types(B.dtype, torch.float32)
         zero = torch.zeros(len(ffns), channels(*ffns[self.names[0]]), dtype=dtype, device=B.device)
         one = torch.ones_like(zero[:, 0])  # (N,)
-        self.height = len(B)
-        self.rows = None  # (F,): the rows of B that make z, if there are others
-        self.found = {}  # {i: the same, of each FFN by itself}
-        if self.height > zero.size(1):
-            self.rows = torch.arange(zero.size(1), device=B.device)  # until the first pass
-            refuse(not all(self.sees_act), f"{self.names[0]} computes gate and up in one layer, and "
-                   "its activation is no module of its own: which rows are the gate's is not seen.")
         refuse(value_and_slope(self.act, zero[0, :1])[0].any(),
                f"The activation of {self.names[0]} is not 0 at 0, so it is not self-gated.")
+        self.height = len(B)
+        self.rows = None  # (F,): which rows of B make z, where there are others, too
+        if self.height > zero.size(1):
+            self.rows = torch.arange(zero.size(1), device=B.device)  # until the first pass
         self.state = State(zero, zero == 0, one * math.nan, one * math.nan, one)
         self.forget()
 
     def forget(self):
         """Begins a step: nothing is observed yet."""
         self.samples = {}  # {i: (z (T, F), weight (T,))} of one forward pass
-        self.unseen = {}  # {i: [(token_mask, start, tokens)]} of passes without gradients
-        self.output = [None] * len(self.gates)  # what _before_act needs of a gate's last output
-        self.early = set()  # FFNs whose activation was called without one
         self.seen = Counter()  # {i: tokens since the last step}
+        self.masked = False  # whether the token mask was of use
         score = torch.zeros_like(self.state.importance)  # (N, F)
         self.sums = GateSums(score, *score.new_zeros(4, len(score)))
 
@@ -692,21 +642,6 @@ class Stack:
             return [torch.stack(tensors) for tensors in zip(*samples)]
         return [nn.utils.rnn.pad_sequence(t, batch_first=True) for t in zip(*samples)]
 
-    def find_rows(self, i, z, output):
-        """Which rows of B make the activation's input z (..., F): autograd tells which entries of
-        the gate's output z is made of. Once for each FFN. ValueError if it is made of others."""
-        if i in self.found:
-            return
-        grad, = torch.autograd.grad(z.sum(), output, retain_graph=True, allow_unused=True)
-        used = None if grad is None else grad.flatten(0, -2).ne(0).any(0).nonzero().flatten()
-        fits = used is not None and z.size(-1) == self.state.mask.size(-1)
-        if self.rows is not None and fits:
-            same = not self.found or torch.equal(used, self.rows)
-            fits = same and len(used) == len(self.rows)
-            self.rows = used
-        refuse(not fits, NOT_SEEN.format(self.names[i]))
-        self.found[i] = used
-
     def factors(self, rows, scales):
         """What a step of B_gate (N, rows of B, 1) and of other parameters (N,) is multiplied by:
         rows of a fused layer that make no gate take the scale alone."""
@@ -718,12 +653,12 @@ class Stack:
 def stack_ffns(model, gate, act):
     """([Stack of all FFNs whose gate carries LoRA], what is steered in a sentence). ValueError,
     with the reason, if there is none."""
-    gates = (gate,) if isinstance(gate, str) else tuple(gate)
+    gates = [gate] if isinstance(gate, str) else gate
     modules = own_modules(model)
     matches = {name: m for name, m in modules.items()
                if any(f".{name}".endswith(f".{g}") for g in gates)}
     alike = {}
-    unknown = []  # FFNs without an activation
+    unknown = None  # an FFN without an activation
     for name, layer in matches.items():
         name, _, leaf = name.rpartition(".")
         ffn = modules[name]
@@ -731,43 +666,49 @@ def stack_ffns(model, gate, act):
         refuse(theirs and leaf not in theirs, f"The gate of {name} is {' or '.join(theirs)}.")
         phi = activation(ffn, getattr(modules[""], "config", None)) or act
         if phi is None:
-            unknown.append(name)
+            unknown = unknown or name
         elif lora_pairs(layer):
             B = lora_pairs(layer)[0][1]  # (rows, rank)
             key = (len(B), channels(ffn, layer), B.device, B.dtype, kind(phi))
             alike.setdefault(key, (phi, {}))[1][name] = (ffn, layer)
     if not alike:
-        raise ValueError(why_none(modules, gates, matches, unknown))
-    stacks = [Stack(phi, ffns, count_places(model)) for phi, ffns in alike.values()]
+        raise ValueError(why_none(modules, gates[0], matches, unknown))
+    stacks = [Stack(*group) for group in alike.values()]
     names = [name for stack in stacks for name in stack.names]
     towers = {re.split(r"\.\d+\.", name)[0] for name in names}
+    places = count_places(model)
     for stack in stacks:
         stack.several_towers = len(towers) > 1
+        acts = [own_activation(ffn) for ffn in stack.ffns]
+        stack.acts = [a if isinstance(a, nn.Module) and places[id(a)] == 1 else None for a in acts]
+        refuse(stack.rows is not None and None in stack.acts, f"{stack.names[0]} computes gate and "
+               "up in one layer, and its activation is no module of its own: which rows are the "
+               "gate's cannot be seen.")
     plain = Counter(name.split(".")[-1] for name, m in modules.items()
                     if hasattr(m, "lora_A") and name.rpartition(".")[0] not in names)
     rest = ", ".join(f"{count} {name}" for name, count in plain.items())
-    return stacks, (f"NALoRA steers {len(names)} of {len(matches) - len(unknown)} FFNs; "
-                    f"plain LoRA on {rest or 'nothing else'}.")
+    return stacks, (f"NALoRA steers {len(names)} of {len(matches)} FFNs; plain LoRA on "
+                    f"{rest or 'nothing else'}.")
 
-def why_none(modules, gates, matches, unknown):
+def why_none(modules, gate, matches, unknown):
     """The sentence that says why no FFN can be steered, and what to do."""
-    if any(lora_pairs(m) for m in matches.values()):
-        return f"{unknown[0]} has no activation (act_fn, act): say which one it is with act=..."
-    tuned = [m for m in matches.values() if hasattr(m, "base_layer")]
-    if tuned:
-        return (f"{gates[0]} carries {type(tuned[0]).__name__} of {type(tuned[0]).__module__}: it "
-                "has no pair of A and B that could be steered. Use LoRA.")
+    if unknown and any(map(lora_pairs, matches.values())):
+        return f"{unknown} has no activation (act_fn, act): say which one it is with act=..."
+    for m in matches.values():
+        if hasattr(m, "base_layer"):
+            return (f"{gate} carries {type(m).__name__} of {type(m).__module__}: that is no pair "
+                    "of A and B that could be steered. Use LoRA.")
     if any(hasattr(m, "parameter_name") and hasattr(m, "lora_A") for m in modules.values()):
         return ("PEFT put the LoRA on this model's fused experts, which NALoRA does not steer; it "
                 "cannot reach the gates of dense and shared FFNs there. inject_lora can.")
-    tuned = sorted({name.split(".")[-1] for name, m in modules.items() if lora_pairs(m)})
-    if tuned:
-        return (f"No gated FFN here has LoRA on its {gates[0]}. It is on {', '.join(tuned)}: name "
-                "the one in front of the activation with gate=..., or put LoRA on the gate.")
-    return f"No gated FFN here has LoRA on its {gates[0]}: inject it first."
+    found = sorted({name.split(".")[-1] for name, m in modules.items() if lora_pairs(m)})
+    if found:
+        return (f"No gated FFN here has LoRA on its {gate}. It is on {', '.join(found)}: name the "
+                "one in front of the activation with gate=..., or put LoRA on the gate.")
+    return f"No gated FFN here has LoRA on its {gate}: inject it first."
 
 def channels(ffn, gate):
-    """F, how many numbers the activation sees: half of the gate's rows, if the FFN's last layer
+    """F, how many numbers the activation receives: half of the gate's rows, if the FFN's last layer
     takes half as many as the gate gives."""
     rows = len(lora_pairs(gate)[0][1])
     takes = [getattr(m, "in_features", 0) for m in ffn.children() if m is not gate]
@@ -779,11 +720,9 @@ def own_activation(ffn):
     return next((getattr(ffn, n) for n in names if callable(getattr(ffn, n, None))), None)
 
 def activation(ffn, config=None):
-    """The activation of an FFN: its own, or where a fused kernel took its place the one that the
-    model's config names. None if it is not known."""
+    """An FFN's own activation; the config's, where a fused kernel took its place; or None."""
     if own_activation(ffn) is None and hasattr(ffn, "down_proj"):
-        config = getattr(ffn, "config", config)
-        return ACTIVATIONS.get(getattr(config, "hidden_act", None))
+        return ACTIVATIONS.get(getattr(getattr(ffn, "config", config), "hidden_act", None))
     return own_activation(ffn)
 
 def kind(act):
@@ -848,13 +787,6 @@ def own_rows(factor, p):
         return whole.redistribute(placements=p.placements).to_local()
     return factor
 
-def fitting(mask, z, stack):
-    """The token mask of gates z, or None. In a model of several towers it is one tower's."""
-    if mask is None or mask.shape == z.shape[:-1] or z.dim() == 2 and mask.numel() == len(z):
-        return mask  # some models flatten (batch, seq)
-    refuse(not stack.several_towers, f"token_mask is {tuple(mask.shape)} but the gates see tokens "
-           f"{tuple(z.shape[:-1])}: set it before each pass, or to None.")
-
 def check_state(saved, here):
     refuse(saved["config"] != here["config"],
            f"This NALoRA state was made with {saved['config']}, not with {here['config']}.")
@@ -867,35 +799,127 @@ def distributed():
 def rank():
     return torch.distributed.get_rank() if distributed() else 0
 
-def sum_over_ranks(stacks):
+def sum_over_ranks(stacks, token_mask):
     """Adds the sums of all ranks of torch.distributed, so that they decide alike."""
     if not any(stack.seen for stack in stacks):
         warnings.warn("NALoRA saw no gate before this step: is the model in train() mode?")
+    elif token_mask is not None and not any(stack.masked for stack in stacks):
+        warnings.warn("token_mask fits no FFN's tokens: set it before each pass, or to None.")
     if distributed():
         for stack in stacks:
             for t in stack.sums:
                 torch.distributed.all_reduce(t)
 
-def pass_to_observe(stack, i, gate, z, token_mask):
-    """(token_mask, number of the first token) of a pass that gate i shall observe, else Nones.
-    Gradient checkpointing computes a pass twice: one kind with gradients both times, the other at
-    first without, so that such a pass waits in `unseen` until backward comes to it."""
-    if not gate.training or getattr(gate, "disable_adapters", False):
-        return None, None  # evaluation, or a pass of the base model
-    tokens = z.shape[:-1].numel()
-    unseen = stack.unseen.setdefault(i, [])
-    if torch._C._current_graph_task_id() != -1:  # inside a backward pass
-        fits = [k for k, (_, _, size) in enumerate(unseen) if size == tokens]
-        return unseen.pop(fits[-1])[:2] if fits and z.requires_grad else (None, None)
-    token_mask = fitting(token_mask, z, stack)
-    start = stack.seen[i]
-    if z.requires_grad:
-        return token_mask, start
-    unseen.append((token_mask, start + sum(size for _, _, size in unseen), tokens))
-    return None, None
+def keep_in_checkpoints(tool, optimizer):
+    """Puts the state of NALoRA into optimizer.state_dict(), and takes what was loaded from one."""
+    def save(optimizer, state):
+        state["param_groups"][0]["nalora"] = tool.state_dict()
+
+    def load(optimizer):
+        state = optimizer.param_groups[0].pop("nalora", None)
+        if state is not None:
+            tool.load_state_dict(state)
+
+    tool._handles += [optimizer.register_state_dict_post_hook(save),
+                      optimizer.register_load_state_dict_post_hook(load)]
+    load(optimizer)
+
+class Observer:
+    """The hooks of one FFN: they call tool._see once for each pass that trains, with z as the
+    activation receives it, or else, where that cannot be seen, as the gate gives it."""
+
+    def __init__(self, tool, stack, i):
+        self.tool = tool
+        self.stack = stack
+        self.i = i
+        self.rows = None  # which entries of the gate's output make z, if another layer's could
+        self.forget()
+        tool._handles.append(stack.gates[i].register_forward_hook(Hook(self.after_gate)))
+        if stack.acts[i]:
+            hook = Hook(self.before_act)
+            tool._handles.append(stack.acts[i].register_forward_pre_hook(hook))
+
+    def forget(self):
+        self.unseen = []  # (token_mask, start, tokens) of passes without gradients
+        self.output = None  # of the gate, until the activation comes: (z, hook, token_mask, start)
+        self.early = False  # whether the activation came without one
+
+    def after_gate(self, gate, z):
+        """Forward hook of the gate. Evaluation leaves no trace."""
+        if self.tool._before is None and self.tool._watch.look(gate):  # not in a step's closure
+            self.tool._forget()
+        self.output = None
+        token_mask, start = self.pass_to_observe(gate, z)
+        if start is not None:
+            seen = self.stack.seen
+            seen[self.i] = max(seen[self.i], start + z.shape[:-1].numel())
+            fused = self.stack.rows is not None
+            hook = None if fused else self.tool._see(self.stack, self.i, z, token_mask, start)
+            self.output = (z, hook, token_mask, start) if self.stack.acts[self.i] else None
+
+    def before_act(self, act, inputs):
+        """Forward pre-hook of the activation: is its input the gate's output as it is?"""
+        if self.output is None:
+            self.early = True
+            return
+        output, hook, token_mask, start = self.output
+        self.output = None
+        if inputs[0] is not output:  # a part of it, or changed on the way
+            if hook:
+                hook.remove()
+            self.find_rows(inputs[0], output)
+            self.tool._see(self.stack, self.i, inputs[0], token_mask, start)
+
+    def pass_to_observe(self, gate, z):
+        """(token_mask, number of the first token) of a pass that shall be observed, else Nones.
+        Gradient checkpointing computes a pass twice: one kind with gradients both times, the other
+        at first without, so that such a pass waits in `unseen` until backward comes to it."""
+        if not gate.training or getattr(gate, "disable_adapters", False):
+            return None, None  # evaluation, or a pass of the base model
+        tokens = z.shape[:-1].numel()
+        if torch._C._current_graph_task_id() != -1:  # inside a backward pass
+            fits = [k for k, (_, _, size) in enumerate(self.unseen) if size == tokens]
+            if fits and z.requires_grad:
+                return self.unseen.pop(fits[-1])[:2]
+            return None, None
+        token_mask = self.fitting(self.tool.token_mask, z)
+        start = self.stack.seen[self.i]
+        if z.requires_grad:
+            return token_mask, start
+        start += sum(size for _, _, size in self.unseen)
+        self.unseen.append((token_mask, start, tokens))
+        return None, None
+
+    def fitting(self, mask, z):
+        """The token mask if it is of gates z. In a model of several towers it is one tower's."""
+        if mask is None:
+            return None
+        if mask.shape == z.shape[:-1] or z.dim() == 2 and mask.numel() == len(z):
+            self.stack.masked = True
+            return mask  # some models flatten (batch, seq)
+        refuse(not self.stack.several_towers, f"token_mask is {tuple(mask.shape)} but the gates "
+               f"see tokens {tuple(z.shape[:-1])}: set it before each pass, or to None.")
+
+    def find_rows(self, z, output):
+        """Which rows of B make the activation's input: autograd tells, once, which entries of the
+        gate's output it is made of. ValueError if it is made of others."""
+        if self.rows is not None:
+            return
+        stack = self.stack
+        grad, = torch.autograd.grad(z.sum(), output, retain_graph=True, allow_unused=True)
+        self.check(grad is None or z.size(-1) != stack.state.mask.size(-1))
+        self.rows = grad.flatten(0, -2).ne(0).any(0).nonzero().flatten()
+        if stack.rows is not None:
+            self.check(len(self.rows) != len(stack.rows))
+            stack.rows = self.rows
+
+    def check(self, wrong=None):
+        """ValueError if `gate` does not name the layer in front of the activation."""
+        refuse(wrong or self.early and self.output, f"In {self.stack.names[self.i]} the activation "
+               "does not see the output of the layer that `gate` names: name the one before it.")
 
 class Hook:
-    """A hook of a gate or activation. In a copy of the model it has nothing to call, and says so."""
+    """A gate's or activation's hook. In a copy of the model it has nothing to call, and says so."""
 
     def __init__(self, call=None):
         self.call = call
@@ -903,29 +927,14 @@ class Hook:
     @torch.compiler.disable
     def __call__(self, module, inputs, z=None):
         if self.call is not None:
-            self.call(module, inputs if z is None else z)
-        elif z is not None and module.training and z.requires_grad:
+            return self.call(module, inputs if z is None else z)
+        live = any(getattr(hook, "call", None) for hook in module._forward_hooks.values())
+        if z is not None and module.training and z.requires_grad and not live:
             warnings.warn("This is a copy of a model that NALoRA steers; the copy trains as plain "
                           "LoRA: make a NALoRA for it, or remove() the first before copying.")
 
     def __reduce__(self):
         return Hook, ()
-
-def hook_ffn(stack, i, after_gate, before_act):
-    """The handles of the hooks of a gate and its activation, put in the place of copied ones."""
-    gate = stack.gates[i]
-    drop_copied(gate._forward_hooks)
-    handles = [gate.register_forward_hook(Hook(after_gate))]
-    if stack.sees_act[i]:
-        act = own_activation(stack.ffns[i])
-        drop_copied(act._forward_pre_hooks)
-        handles.append(act.register_forward_pre_hook(Hook(before_act)))
-    return handles
-
-def drop_copied(hooks):
-    for key, hook in list(hooks.items()):
-        if isinstance(hook, Hook) and hook.call is None:
-            del hooks[key]
 
 def note_version(versions, parameter):
     versions[:] = [parameter.grad._version]
@@ -937,18 +946,20 @@ class Watch:
         self.gate = tool._stacks[0].gates[0]
         self.parameter = lora_pairs(self.gate)[0][1]  # B
         self.after_backward = []  # version of its gradient then; no cycle through the hook
-        self.rows = None  # some of its rows as NALoRA set them
-        self.moved = False  # whether they have changed since
+        self.rows = None  # some of its rows as they should be at the next pass, if it is a rare one
         self.passes = 0
         self.adapters = self.active()
         tool._handles.append(self.parameter.register_post_accumulate_grad_hook(
             partial(note_version, self.after_backward)))
 
+    def forget(self):
+        self.after_backward.clear()
+
     def active(self):
         return list(getattr(self.gate, "active_adapters", []))
 
-    def remember(self):
-        self.rows = local(self.parameter)[:8].clone()
+    def after_step(self):
+        self.rows = None if self.passes & (self.passes + 1) else local(self.parameter)[:8].clone()
 
     def look(self, gate):
         """Warns of other adapters and of steps by others; True if the gradients since the last step
@@ -967,15 +978,15 @@ class Watch:
             self.adapters = self.active()
             warnings.warn("Other adapters are active than when this NALoRA was made, and train as "
                           "plain LoRA: remove() it and make a new one.")
-        if self.rows is None:
-            self.remember()
-        self.moved = self.moved | (local(self.parameter)[:8] != self.rows).any()
         self.passes += 1
-        if self.passes & (self.passes - 1) == 0 and self.moved:  # rarely: the device is waited for
-            self.moved = False
+        if self.passes & (self.passes - 1):
+            return  # the device is waited for at passes 1, 2, 4, 8, ... alone
+        now = local(self.parameter)[:8].clone()
+        if self.rows is not None and not torch.equal(self.rows, now):
             warnings.warn("Something else moved the LoRA parameters after NALoRA's step: another "
                           "optimizer, or one that steps copies (ZeRO). Give NALoRA the one whose "
                           "step() moves them, after it has been wrapped.")
+        self.rows = now
 
 def NALoRACallback(config=None, gate=GATES, act=None):
     """A callback for transformers' Trainer and TRL's: `callbacks=[NALoRACallback()]` makes NALoRA

@@ -555,11 +555,9 @@ def progress(record, steps):
 
 def save_checkpoint(run, out, step, records):
     """One file, replaced whole: a kill at any moment leaves the old state or the new one."""
-    steered = getattr(run.optimizer, "nalora", None)
     state = {"config": asdict(run.config), "digest": run.digest, "step": step, "records": records,
              "model": {name: p.detach() for name, p in run.trainable.items()},
-             "optimizer": run.optimizer.state_dict(),
-             "nalora": steered.state_dict() if steered else None}
+             "optimizer": run.optimizer.state_dict()}       # NA-LoRA's state is in it
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest()
@@ -596,8 +594,6 @@ def load_checkpoint(run, out):
             refuse(state["digest"][key] != now, f"the {key} has changed since")
         parameters = {name: state["model"][name] for name in run.trainable}
         run.optimizer.load_state_dict(state["optimizer"])
-        if state["nalora"]:
-            run.optimizer.nalora.load_state_dict(state["nalora"])
         with torch.no_grad():
             for name, p in run.trainable.items():
                 p.copy_(parameters[name])

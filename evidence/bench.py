@@ -20,7 +20,15 @@ from torch.utils.flop_counter import FlopCounterMode
 import train_tiny
 from evidence import compare, controls, measures, report
 from evidence.measures import in_alternation, peak_memory_mb, reset_peak_memory, timed
-from nalora import (Llama, LlamaConfig, NALoRA, inject_lora, lora_parameters, read_json, write_files)
+from nalora import (
+    Llama,
+    LlamaConfig,
+    NALoRA,
+    inject_lora,
+    lora_parameters,
+    read_json,
+    write_files,
+)
 
 WARM_UP = 3  # rounds
 

@@ -101,15 +101,16 @@ def draw_board(path):
     )
     arrow((9.9, 9.4), (9.0, 8.2), orange, "--")
     ax.text(
-        10.0, 8.8, "2  Only rows of B of responsive channels move (blue);\n    the others are put back "
-        "after optimizer.step()", color=orange, ha="left", va="center",
+        10.0, 8.8, "2  Only rows of B of responsive channels move (blue);\n"
+        "    the others are put back after optimizer.step()", color=orange, ha="left", va="center",
     )
     arrow((9.9, 8.75), (6.15, 8.0), orange, "--")
     ax.text(
-        4.0, 0.7, "3  One number per FFN, k̂ (the φ²-weighted mean of κ = zφ'/φ): all six A and B take "
-        "the step × 1/k̂", color=orange, ha="left", va="center",
+        4.0, 0.7, "3  One number per FFN, k̂ (the φ²-weighted mean of κ = zφ'/φ): "
+        "all six A and B take the step × 1/k̂", color=orange, ha="left", va="center",
     )
-    ax.text(0.2, 9.4, "grey: frozen or put back\nblue: trained", ha="left", va="center", color="0.3")
+    legend = "grey: frozen or put back\nblue: trained"
+    ax.text(0.2, 9.4, legend, ha="left", va="center", color="0.3")
     save_figure(figure, path)
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 import train_tiny
-from evidence import controls, figures, measures, peers, report
+from evidence import controls, figures, measures, peer_files, peers, report
 from evidence.controls import Config
 from nalora import read_json, write_files
 
@@ -164,7 +164,7 @@ def save(run, out):
     """The weights of a run of any method. Returns the file."""
     if run.config.method == "full":
         return train_tiny.save_results(run, out)
-    peers.save_adapter(run.model, out / "adapter", run.config.base, asdict(run.config))
+    peer_files.save_adapter(run.model, out / "adapter", run.config.base, asdict(run.config))
     return next((out / "adapter").glob("*.safetensors"))
 
 

@@ -24,7 +24,14 @@ from functools import partial
 import torch
 
 import train_tiny
-from nalora import NALoRA, NALoRAConfig, importance_mask, step_scale, value_and_slope, widen
+from nalora import (
+    NALoRA,
+    NALoRAConfig,
+    importance_mask,
+    step_scale,
+    value_and_slope,
+    widen,
+)
 
 
 def row_draw(seed, index, rows, step=0, device=None):

@@ -3,7 +3,7 @@ models under PEFT's LoRA on all linear layers:
 
     python -m evidence.families             every family, some minutes; writes results/families.json
     python -m evidence.families qwen3 glm4  some families, only printed
-    python -m evidence.families --report    the table of evidence/README.md, from the file
+    python -m evidence.families --report    writes the table of evidence/README.md from the file
 
 A row says "steered" only if two things were seen. The importance is the mean |phi'| of what each
 FFN's activation received, all tokens counted by a hook of our own. And one step of SGD moved the
@@ -185,7 +185,7 @@ def steer(fresh, keywords):
 
     for stack in tool._stacks:
         for i, (ffn, gate) in enumerate(zip(stack.ffns, stack.gates)):
-            if stack.sees_act[i]:
+            if stack.acts[i]:
                 own_activation(ffn).register_forward_pre_hook(
                     lambda act, inputs, key=(stack, i): note(key, inputs[0])
                 )
@@ -267,7 +267,9 @@ def try_family(name):
 def survey(chosen):
     """{class: row of `try_family`} of transformers' causal language models."""
     import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES,
+    )
 
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
@@ -282,6 +284,8 @@ def survey(chosen):
     return rows
 
 
+MARK = "<!-- families -->"  # in evidence/README.md, before the table
+END = "<!-- end -->"
 TITLES = {
     "steered": "Gated, steered and verified",
     "ungated": "No gate, steered and verified with the layer in front of the activation",
@@ -330,7 +334,14 @@ def main(argv=None):
             write_files(RESULTS, {"families.json": rows})
     else:
         rows = read_json(RESULTS / "families.json")
-    print(report(rows))
+    table = report(rows)
+    print(table)
+    if not args.families:
+        readme = RESULTS.parent / "README.md"
+        text = readme.read_text(encoding="utf-8")
+        before, _, rest = text.partition(MARK)
+        text = f"{before}{MARK}\n{table}\n{END}{rest.partition(END)[2]}"
+        write_files(readme.parent, {readme.name: text})
 
 
 if __name__ == "__main__":

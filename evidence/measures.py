@@ -16,9 +16,18 @@ import torch
 from safetensors.torch import load_file
 
 import train_tiny
-from evidence import controls, peers
-from nalora import (GatedFFN, Llama, effective_homogeneity, merge_lora, read_json,
-                    selection_weight, value_and_slope, widen, write_files)
+from evidence import controls, peer_files, peers
+from nalora import (
+    GatedFFN,
+    Llama,
+    effective_homogeneity,
+    merge_lora,
+    read_json,
+    selection_weight,
+    value_and_slope,
+    widen,
+    write_files,
+)
 from train_tiny import CheckpointTokenizer, arithmetic_accuracy, exact_match, mean_loss
 
 # what a row of comparison.json takes from a run's summary.json
@@ -122,7 +131,7 @@ def trained_model(out):
     if config["method"] == "full":
         return Llama.from_pretrained(out / "model").eval()
     model = Llama.from_pretrained(config["base"]).eval()
-    peers.load_adapter(model, out / "adapter")
+    peer_files.load_adapter(model, out / "adapter")
     return merged(model, config["method"])
 
 
@@ -346,7 +355,7 @@ def peak_memory_mb(device):
         status = Path("/proc/self/status").read_text()
         return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1e3
     with contextlib.suppress(ImportError):
-        import resource                     # not on Windows
+        import resource  # not on Windows
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     return math.nan
 

@@ -16,7 +16,13 @@ from pathlib import Path
 
 from evidence import figures
 from evidence.controls import BLIND_MASKS, PRESETS
-from evidence.paired import COLUMNS, DIFFERENCES, by_seed, paired_difference, sweep_title
+from evidence.paired import (
+    COLUMNS,
+    DIFFERENCES,
+    by_seed,
+    paired_difference,
+    sweep_title,
+)
 from evidence.peers import PEERS
 from nalora import read_json, write_files
 

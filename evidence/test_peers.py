@@ -1,4 +1,4 @@
-"""The neighbours: each starts as a no-op, trains, is saved, loaded and merged, and agrees with PEFT."""
+"""The neighbours: no-ops at first, then trained, saved, loaded, merged; they agree with PEFT."""
 
 import importlib.util
 import json
@@ -14,13 +14,20 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # pytest may be started anywhere
 
-from evidence import peers
+from evidence import peer_files, peers
 from nalora import ACTIVATIONS, NALoRA, NALoRAConfig, merge_lora, save_adapter
-from test_nalora import FFN, batch, equal, lora_llama, small_llama, snapshot, spoiled
-from test_nalora import one_thread, take_step, trained_lora  # noqa: F401
-
-
-# ---- peers.py: the neighbours --------------------------------------------------------------------
+from test_nalora import (  # noqa: F401
+    FFN,
+    batch,
+    equal,
+    lora_llama,
+    one_thread,
+    small_llama,
+    snapshot,
+    spoiled,
+    take_step,
+    trained_lora,
+)
 
 
 def peer_llama(peer, rank=4, alpha=8, targets=("q_proj", *FFN), seed=0, wake=True):
@@ -69,12 +76,12 @@ def test_a_neighbour_is_saved_loaded_and_merged(peer, tmp_path):
     save_adapter(trained_lora(), tmp_path)  # an older adapter of another kind in the same folder
     parts, random_state = [id(m) for m in model.modules()], torch.get_rng_state()
     model.requires_grad_(False)  # frozen or not, it is saved
-    peers.save_adapter(model, tmp_path, base_model="base", settings={"a": 1})
+    peer_files.save_adapter(model, tmp_path, base_model="base", settings={"a": 1})
     assert [id(m) for m in model.modules()] == parts and torch.equal(
         torch.get_rng_state(), random_state
     )
     fresh = small_llama()
-    peers.load_adapter(fresh, tmp_path)
+    peer_files.load_adapter(fresh, tmp_path)
     torch.testing.assert_close(fresh(tokens)[0], model(tokens)[0], atol=1e-5, rtol=1e-4)
     before = fresh(tokens)[0]
     if "nora" in peer:
@@ -88,15 +95,15 @@ def test_a_neighbour_is_saved_loaded_and_merged(peer, tmp_path):
     torch.testing.assert_close(fresh(tokens)[0], before, atol=1e-5, rtol=1e-4)
     for other in (small_llama(seed=5), small_llama(num_hidden_layers=1)):
         with pytest.raises(ValueError, match="another base|does not fit"):
-            peers.load_adapter(other, tmp_path)
+            peer_files.load_adapter(other, tmp_path)
         assert not peers.carries(other) and all(p.requires_grad for p in other.parameters())
     with pytest.raises(ValueError, match="carries a neighbour"):
-        peers.load_adapter(peer_llama("dora"), tmp_path)
-    peers.save_adapter(
+        peer_files.load_adapter(peer_llama("dora"), tmp_path)
+    peer_files.save_adapter(
         peer_llama("dora", targets=["q_proj"]), tmp_path
     )  # the folder then holds this one and nothing else
     fresh = small_llama()
-    assert peers.load_adapter(fresh, tmp_path) == [
+    assert peer_files.load_adapter(fresh, tmp_path) == [
         f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)
     ]
 
@@ -195,7 +202,7 @@ def test_neighbours_refuse_with_nothing_changed():
         ),
         (tied, lambda m: peers.inject(m, "pissa", ["lm_head"], 4, 8), "tied"),
         (narrow, lambda m: peers.inject(m, "nora++", FFN, 4, 8), "cannot be cut into 8 groups"),
-        (small_llama, lambda m: peers.save_adapter(m, Path("nowhere")), "no LoRA"),
+        (small_llama, lambda m: peer_files.save_adapter(m, Path("nowhere")), "no LoRA"),
         (
             lambda: peer_llama("nora++"),
             lambda m: NALoRA(m, torch.optim.AdamW(m.parameters())),
@@ -259,7 +266,7 @@ def test_loran_bends_the_same_under_autocast():
     ],
 )
 def test_a_spoiled_neighbour_is_refused_with_nothing_changed(peer, file, tmp_path):
-    peers.save_adapter(peer_llama(peer), tmp_path)
+    peer_files.save_adapter(peer_llama(peer), tmp_path)
     whole, model, refused = (tmp_path / file).read_bytes(), small_llama(), 0
     names = [name for name, _ in model.named_modules()]
     described = json.loads(whole) if file == "peers.json" else {}
@@ -284,7 +291,7 @@ def test_a_spoiled_neighbour_is_refused_with_nothing_changed(peer, file, tmp_pat
     for kind, content in [*spoiled(whole, tmp_path / "executed"), *more]:
         (tmp_path / file).write_bytes(content)
         try:
-            peers.load_adapter(model, tmp_path)
+            peer_files.load_adapter(model, tmp_path)
             peers.unload(model, list(model.parameters()))
             assert kind not in ("cut", "named")
         except ValueError as e:
@@ -362,6 +369,6 @@ if importlib.util.find_spec("peft") and importlib.util.find_spec("transformers")
             their_opt.step(), their_opt.zero_grad()
         for name, p in pairs.items():
             torch.testing.assert_close(ours.get_parameter(name), p, atol=2e-5, rtol=1e-3)
-        peers.save_adapter(ours, tmp_path / "adapter", base_model=str(tmp_path))
+        peer_files.save_adapter(ours, tmp_path / "adapter", base_model=str(tmp_path))
         loaded, tokens = PeftModel.from_pretrained(hf(), tmp_path / "adapter"), batch(9)[0]
         torch.testing.assert_close(loaded(tokens).logits, ours(tokens)[0], atol=1e-4, rtol=1e-3)

@@ -1,0 +1,334 @@
+"""NALoRA on models and trainers of transformers, PEFT and Accelerate, which are extras."""
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # pytest may be started anywhere
+
+import nalora
+from nalora import (
+    NALoRA,
+    NALoRACallback,
+    NALoRAConfig,
+    inject_lora,
+    save_adapter,
+)
+from test_nalora import (
+    FFN,
+    batch,
+    equal,
+    one_thread,  # noqa: F401
+    snapshot,
+)
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("accelerate")
+
+
+TINY = dict(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    max_position_embeddings=64,
+)
+
+FAMILIES = {
+    "Llama": {},
+    "Mistral": {},
+    "Qwen2": {},
+    "Qwen3": {"head_dim": 8},
+    "Gemma": {"head_dim": 8},
+    "Gemma2": {"head_dim": 8},
+    "SmolLM3": {},
+}
+
+
+def family(name, seed=0):
+    import transformers
+
+    torch.manual_seed(seed)
+    return getattr(transformers, f"{name}ForCausalLM")(
+        getattr(transformers, f"{name}Config")(**TINY, **FAMILIES[name])
+    )
+
+
+def wake(pairs):
+    """B away from zero, alike for every model, so that every gradient is alive."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for A, B in pairs:
+            A.copy_(torch.randn(A.shape) * 0.1), B.copy_(torch.randn(B.shape) * 0.02)
+    return [p for pair in pairs for p in pair]
+
+
+def pairs_of(model):
+    return [pair for m in model.modules() for pair in nalora.lora_pairs(m)]
+
+
+def hf_step(model, opt, seed):
+    tokens, targets = batch(seed)
+    loss = F.cross_entropy(model(input_ids=tokens).logits.flatten(0, 1).float(), targets.flatten())
+    loss.backward(), opt.step(), opt.zero_grad()
+    return loss.item()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_interop_nalora_is_the_same_under_our_lora_and_pefts(name):
+    from peft import LoraConfig, get_peft_model
+
+    ours, theirs = family(name), family(name)
+    inject_lora(ours, ["q_proj", *FFN], rank=4, alpha=8)
+    theirs = get_peft_model(theirs, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", *FFN]))
+    tools = []
+    for model in (ours, theirs):
+        model.train()
+        opt = torch.optim.AdamW(wake(pairs_of(model)), lr=1e-2, weight_decay=0.1)
+        tool = NALoRA(model, opt, NALoRAConfig(stride=1, keep=0.25))
+        losses = [hf_step(model, opt, i) for i in range(4)]
+        assert losses[0] != losses[-1] and len(tool.statistics()) == 2
+        tools.append(tool)
+    a, b = (list(tool.statistics().values()) for tool in tools)
+    for x, y in zip(a, b):
+        assert (
+            torch.equal(x["mask"], y["mask"])
+            and x["mask"].sum() == 12
+            and x["k_hat"] == pytest.approx(y["k_hat"], rel=1e-4)
+            and 0.5 <= x["scale"] <= 2
+        )
+    for p, q in zip(pairs_of(ours), pairs_of(theirs)):
+        torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
+
+
+def test_interop_several_peft_adapters(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(family("Llama"), LoraConfig(r=4, target_modules=FFN))
+    model.add_adapter("second", LoraConfig(r=2, target_modules=FFN))
+    model.set_adapter("second")
+    first = {n: p.detach().clone() for n, p in model.named_parameters() if ".default." in n}
+    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    tool = NALoRA(model.train(), opt, NALoRAConfig(keep=0.25, stride=1))
+    for i in range(3):
+        hf_step(model, opt, i)
+    assert first and all(torch.equal(p, model.get_parameter(n)) for n, p in first.items())
+    B = model.get_parameter("base_model.model.model.layers.0.mlp.gate_proj.lora_B.second.weight")
+    assert 12 <= (B != 0).any(1).sum() < 30 and B.shape == (48, 2)
+    assert tool.statistics()["base_model.model.model.layers.0.mlp"]["mask"].sum() == 12
+    model.set_adapter("default")
+    with pytest.warns(UserWarning, match="Other adapters are active"):
+        hf_step(model, opt, 3)
+
+
+def test_interop_ffns_without_a_gate_and_fused_ones():
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    gpt2 = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    )
+    gpt2 = get_peft_model(
+        gpt2, LoraConfig(r=4, target_modules=["mlp.c_fc", "mlp.c_proj"], fan_in_fan_out=True)
+    )
+    vision = transformers.CLIPVisionModel(
+        transformers.CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=16,
+            patch_size=8,
+        )
+    )
+    inject_lora(vision, ["fc1", "fc2"], rank=4, alpha=8)
+    vit = transformers.ViTModel(
+        transformers.ViTConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=16,
+            patch_size=8,
+        )
+    )
+    inject_lora(
+        vit,
+        ["fc1", "fc2"]
+        if any(n.endswith("fc1") for n, _ in vit.named_modules())
+        else ["intermediate.dense"],
+        rank=4,
+        alpha=8,
+    )
+    for model, gate, inputs in (
+        (gpt2, "c_fc", {"input_ids": batch(0)[0]}),
+        (vision, "fc1", {"pixel_values": torch.randn(2, 3, 16, 16)}),
+        (
+            vit,
+            "fc1"
+            if any(n.endswith("fc1") for n, _ in vit.named_modules())
+            else "intermediate.dense",
+            {"pixel_values": torch.randn(2, 3, 16, 16)},
+        ),
+    ):
+        opt = torch.optim.AdamW(wake(pairs_of(model)), lr=1e-2)
+        with pytest.raises(ValueError, match="name the one in front of the activation with gate="):
+            NALoRA(model, opt)
+        tool = NALoRA(model.train(), opt, NALoRAConfig(stride=1, keep=0.25), gate=gate)
+        gates = {
+            name: nalora.lora_pairs(model.get_submodule(f"{name}.{gate.split('.')[-1]}"))[0][1]
+            for name in tool.statistics()
+        }
+        before = {name: B.detach().clone() for name, B in gates.items()}
+        model(**inputs)[0].square().mean().backward()
+        opt.step()
+        assert len(gates) == 2
+        for name, s in tool.statistics().items():
+            assert (
+                torch.equal((gates[name] != before[name]).any(1), s["mask"])
+                and s["mask"].float().mean() == 0.25
+                and math.isfinite(s["k_hat"])
+            )
+
+
+def random_model(family, **changes):
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**TINY, **changes)
+    return getattr(transformers, f"{family}ForCausalLM")(config)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_interop_gradient_checkpointing_changes_nothing(reentrant):
+    results = []
+    for checkpointing in (False, True):
+        model = family("Llama")
+        inject_lora(model, ["q_proj", *FFN], rank=4, alpha=8)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        opt = torch.optim.AdamW(wake(pairs_of(model)), lr=1e-2)
+        tool = NALoRA(model.train(), opt, NALoRAConfig(stride=1, keep=0.25))
+        losses = [hf_step(model, opt, i) for i in range(3)]
+        results.append((losses, list(tool.statistics().values())))
+    (a, s), (b, t) = results
+    assert a == pytest.approx(b, rel=1e-5)
+    for x, y in zip(s, t):
+        assert (
+            torch.equal(x["mask"], y["mask"])
+            and x["k_hat"] == pytest.approx(y["k_hat"], rel=1e-5)
+            and x["occupancy"] == pytest.approx(y["occupancy"])
+        )
+
+
+def peft_llama():
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(family("Llama"), LoraConfig(r=4, lora_alpha=8, target_modules=FFN))
+
+
+def test_interop_trainer_and_its_resume(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    data = [
+        {"input_ids": batch(i, (1, 15))[0][0], "labels": batch(i, (1, 15))[0][0]} for i in range(24)
+    ]
+
+    def train(folder, steps, resume=None, method=True):
+        keep = NALoRACallback(NALoRAConfig(stride=1, keep=0.25))
+        arguments = TrainingArguments(
+            str(folder),
+            max_steps=steps,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            learning_rate=1e-2,
+            save_steps=3,
+            lr_scheduler_type="constant",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            seed=0,
+            logging_steps=100,
+            dataloader_pin_memory=False,
+        )
+        trainer = Trainer(
+            peft_llama(), arguments, train_dataset=data, callbacks=[keep] if method else []
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return snapshot(trainer.model), method and keep.nalora.statistics()
+
+    whole, s = train(tmp_path / "whole", 6)
+    train(tmp_path / "cut", 3)
+    resumed, t = train(tmp_path / "elsewhere", 6, resume=str(tmp_path / "cut" / "checkpoint-3"))
+    assert equal(whole, resumed) and all(
+        torch.equal(s[name]["importance"], t[name]["importance"]) for name in s
+    )
+    assert all(x["mask"].sum() == 12 and 0.5 <= x["scale"] <= 2 for x in s.values())
+    assert not equal(whole, train(tmp_path / "plain", 6, method=False)[0])
+
+
+def test_interop_accelerate():
+    from accelerate import Accelerator
+
+    results = []
+    for accelerated in (False, True):
+        model = peft_llama()
+        opt = torch.optim.AdamW(wake(pairs_of(model)), lr=1e-2)
+        backward = torch.Tensor.backward
+        if accelerated:
+            accelerator = Accelerator(cpu=True)
+            model, opt = accelerator.prepare(model, opt)
+            backward = accelerator.backward
+        NALoRA(model.train(), opt, NALoRAConfig(stride=1, keep=0.25))
+        for i in range(3):
+            tokens, targets = batch(i)
+            backward(
+                F.cross_entropy(model(input_ids=tokens).logits.flatten(0, 1), targets.flatten())
+            )
+            opt.step(), opt.zero_grad()
+        results.append(snapshot(model))
+    assert equal(*results)
+
+
+def test_interop_an_adapter_of_a_transformers_model_is_what_peft_and_vllm_read(tmp_path):
+    from peft import PeftModel
+
+    model, (tokens, _) = family("Qwen2").eval(), batch(1)
+    inject_lora(model, ["q_proj", *FFN], rank=4, alpha=8)
+    wake(pairs_of(model))
+    save_adapter(model, tmp_path)
+    keys, config = (
+        load_file(tmp_path / "adapter_model.safetensors"),
+        json.loads((tmp_path / "adapter_config.json").read_text()),
+    )
+    assert all(
+        re.fullmatch(
+            r"base_model\.model\.model\.layers\.\d\."
+            r"(self_attn\.q_proj|mlp\.(gate|up|down)_proj)\.lora_[AB]\.weight",
+            key,
+        )
+        for key in keys
+    )
+    assert (
+        len(keys) == 16
+        and config["r"] == 4
+        and config["lora_alpha"] == 8
+        and config["task_type"] == "CAUSAL_LM"
+        and {t.shape[0] if "lora_A" in k else t.shape[1] for k, t in keys.items()} == {4}
+    )
+    theirs = PeftModel.from_pretrained(family("Qwen2"), tmp_path).eval()
+    torch.testing.assert_close(theirs(tokens).logits, model(tokens).logits, atol=1e-5, rtol=1e-5)
