@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # pytest may be
 
 from evidence import peer_files, peers
 from nalora import ACTIVATIONS, NALoRA, NALoRAConfig, merge_lora, save_adapter
+from evidence.test_files import spoiled
 from test_nalora import (  # noqa: F401
     FFN,
     batch,
@@ -24,7 +25,6 @@ from test_nalora import (  # noqa: F401
     one_thread,
     small_llama,
     snapshot,
-    spoiled,
     take_step,
     trained_lora,
 )
