@@ -34,7 +34,7 @@ keep 0.5, ema 0.9, stride 17. z is what the activation receives, with LoRA's upd
              Microbatches and ranks add up; one whose sums are not finite adds nothing.
     step     before = A, B;  optimizer.step();  after = A, B.  If N > 0:
                  I     = blend(S / N, I, ema)
-                 mask  = the ceil(keep F - 1e-9) channels of largest I, lower index first
+                 mask  = the ceil(keep F - 1e-9), at least 1, of largest I, lower index first
                  k_hat = P / Q, or 1 if Q = 0;  p = G / (N F)
                  scale = 1 / clip(k_hat, 1/2, 2) if min(p, 1 - p) >= 0.05, else 1
              If N = 0 all of these stay. Either way n = n + 1, and
@@ -106,20 +106,9 @@ def value_and_slope(act, z):
     """phi(z) and phi'(z), shaped like z, of any elementwise activation."""
     with torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
         z = z.detach().requires_grad_()
-        phi = act(z)
+        phi = act(z.clone())  # some activations work in place
         slope, = torch.autograd.grad(phi, z, torch.ones_like(phi))
     return phi.detach(), slope
-
-def selection_weight(act, z):
-    """rho(z) = phi(z) / z, shaped like z; at 0 its limit phi'(0)."""
-    phi, slope = value_and_slope(act, z)
-    return torch.where(z == 0, slope, phi / torch.where(z == 0, 1, z))
-
-def homogeneity(act, z):
-    """kappa(z) = z phi'(z) / phi(z), shaped like z; 1 where phi(z) = 0. It goes to -inf with z for
-    SiLU and GELU: never average it, use effective_homogeneity."""
-    phi, slope = value_and_slope(act, z)
-    return torch.where(phi == 0, 1, z * slope / torch.where(phi == 0, 1, phi))
 
 class GateSums(NamedTuple):
     """Sums over the observed tokens of a step; those of microbatches and ranks add up with +."""
@@ -223,14 +212,14 @@ class NALoRA:
             print(self)
         if self.config.mask == self.config.scale == "none":
             return  # plain LoRA
-        self._watch = Watch(self)
+        self._watch = Watch(self, model)
         self._observers = [Observer(self, stack, i) for stack in self._stacks
                            for i in range(len(stack.gates))]
-        for optimizer in self._steered:
-            self._handles += [optimizer.register_step_pre_hook(self._before_step),
-                              optimizer.register_step_post_hook(self._after_step)]
-            optimizer.nalora = self
-        keep_in_checkpoints(self, optimizer)
+        for o in self._steered:
+            self._handles += [o.register_step_pre_hook(self._before_step),
+                              o.register_step_post_hook(self._after_step)]
+            o.nalora = self
+        keep_in_checkpoints(self, o)  # the last one
 
     def __repr__(self):
         return self._said
@@ -246,13 +235,15 @@ class NALoRA:
             weight = token_mask.flatten()[every].ne(0).to(weight)
         return z.register_hook(partial(self._keep, stack, i, sample, weight))
 
-    def _keep(self, stack, i, sample, weight, grad):  # in backward: only passes that train count
-        if i in stack.samples:  # another microbatch has begun
+    def _keep(self, stack, i, sample, weight, grad):
+        """Backward has reached the gates of a pass, so that it counts."""
+        if i in stack.samples:  # of another microbatch
             self._add_up()
         stack.samples[i] = (sample, weight)
+        stack.trained = True
 
     def _add_up(self):
-        """Adds the sums of the last forward pass to those of the step, a stack at a time."""
+        """Adds the sums over the samples of one pass to those of the step, a stack at a time."""
         for stack in self._stacks:
             if stack.samples:
                 z, weight = stack.take_samples()  # (N, T, F), (N, T)
@@ -262,17 +253,18 @@ class NALoRA:
 
     def _before_step(self, optimizer, args, kwargs):
         for observer in self._observers:
-            observer.check()
+            observer.refuse_gate(observer.early and observer.pending)
         self._before = [local(p).clone() for p, *_ in self._steered[optimizer]]
 
     @torch.no_grad()
     def _after_step(self, optimizer, args, kwargs):
         """Optimizer hook: decides by what was seen, then corrects the step of every parameter."""
         skipped = getattr(optimizer, "found_inf", None)  # a fused optimizer under GradScaler
-        decided = len(self._steered) > 1 and not any(stack.seen for stack in self._stacks)
-        if not decided and (skipped is None or not skipped.item()):
+        another_did = len(self._steered) > 1 and not any(stack.seen for stack in self._stacks)
+        if not another_did and (skipped is None or not skipped.item()):
             self._add_up()
-            sum_over_ranks(self._stacks, self.token_mask)
+            warn_of_nothing(self._stacks, self.token_mask)
+            sum_over_ranks(self._stacks)
             self._decide()
             self._steps += 1
         self._forget()
@@ -344,6 +336,7 @@ class LoRALinear(nn.Module):
         check_size(base, rank, alpha)
         A = torch.empty(rank, base.in_features, dtype=torch.float32, device=base.weight.device)
         self.base_layer = base.requires_grad_(False)
+        self.train(base.training)
         self.rank = rank
         self.alpha = alpha
         self.scaling = alpha / rank
@@ -529,10 +522,11 @@ class Llama(nn.Module):
         stopped = torch.zeros_like(tokens[:, :1], dtype=torch.bool)  # (B, 1)
         for _ in range(max_new_tokens):
             logits = self(new, cache=cache)[0][:, -1].float()  # (B, vocab)
-            new = logits.argmax(-1, keepdim=True)  # (B, 1)
             if temperature > 0:
                 odds = (logits / temperature).softmax(-1)
-                new = torch.multinomial(odds, 1, generator=generator)
+                new = torch.multinomial(odds, 1, generator=generator)  # (B, 1)
+            else:
+                new = logits.argmax(-1, keepdim=True)  # (B, 1)
             if stop is not None:
                 new = new.masked_fill(stopped, stop)
                 stopped |= new == stop
@@ -572,7 +566,18 @@ class Llama(nn.Module):
                   **asdict(self.config), "torch_dtype": stored}
         write_files(directory, {"model.safetensors": weights, "config.json": config})
 
-# ---- Part III: wiring and files ------------------------------------------------------------------
+# ---- Part III: wiring and files. First what the idea speaks of; training does not call it --------
+
+def selection_weight(act, z):
+    """rho(z) = phi(z) / z, shaped like z; at 0 its limit phi'(0)."""
+    phi, slope = value_and_slope(act, z)
+    return torch.where(z == 0, slope, phi / torch.where(z == 0, 1, z))
+
+def homogeneity(act, z):
+    """kappa(z) = z phi'(z) / phi(z), shaped like z; 1 where phi(z) = 0. It goes to -inf with z for
+    SiLU and GELU: never average it, use effective_homogeneity."""
+    phi, slope = value_and_slope(act, z)
+    return torch.where(phi == 0, 1, z * slope / torch.where(phi == 0, 1, phi))
 
 def effective_homogeneity(act, z):
     """k_hat of gates z (..., F) over all tokens and channels, 0-dim."""
@@ -627,8 +632,9 @@ class Stack:
 
     def forget(self):
         """Begins a step: nothing is observed yet."""
-        self.samples = {}  # {i: (z (T, F), weight (T,))} of one forward pass
+        self.samples = {}  # {i: (z (T, F), weight (T,))} of one pass
         self.seen = Counter()  # {i: tokens since the last step}
+        self.trained = False  # whether backward came through
         self.masked = False  # whether the token mask was of use
         score = torch.zeros_like(self.state.importance)  # (N, F)
         self.sums = GateSums(score, *score.new_zeros(4, len(score)))
@@ -638,8 +644,6 @@ class Stack:
         nothing = [t[:0] for t in next(iter(self.samples.values()))]
         samples = [self.samples.get(i, nothing) for i in range(len(self.gates))]
         self.samples = {}
-        if len({len(z) for z, _ in samples}) == 1:
-            return [torch.stack(tensors) for tensors in zip(*samples)]
         return [nn.utils.rnn.pad_sequence(t, batch_first=True) for t in zip(*samples)]
 
     def factors(self, rows, scales):
@@ -676,9 +680,11 @@ def stack_ffns(model, gate, act):
     stacks = [Stack(*group) for group in alike.values()]
     names = [name for stack in stacks for name in stack.names]
     towers = {re.split(r"\.\d+\.", name)[0] for name in names}
+    twofold = getattr(getattr(modules[""], "config", None), "is_encoder_decoder", False)
     places = count_places(model)
     for stack in stacks:
         stack.several_towers = len(towers) > 1
+        stack.decodes = [twofold and ".decoder." in f".{name}" for name in stack.names]
         acts = [own_activation(ffn) for ffn in stack.ffns]
         stack.acts = [a if isinstance(a, nn.Module) and places[id(a)] == 1 else None for a in acts]
         refuse(stack.rows is not None and None in stack.acts, f"{stack.names[0]} computes gate and "
@@ -699,8 +705,8 @@ def why_none(modules, gate, matches, unknown):
             return (f"{gate} carries {type(m).__name__} of {type(m).__module__}: that is no pair "
                     "of A and B that could be steered. Use LoRA.")
     if any(hasattr(m, "parameter_name") and hasattr(m, "lora_A") for m in modules.values()):
-        return ("PEFT put the LoRA on this model's fused experts, which NALoRA does not steer; it "
-                "cannot reach the gates of dense and shared FFNs there. inject_lora can.")
+        return ("The LoRA is on this model's fused experts, which NALoRA does not steer. If it has "
+                "dense or shared FFNs, too, put LoRA on their gates: inject_lora reaches them.")
     found = sorted({name.split(".")[-1] for name, m in modules.items() if lora_pairs(m)})
     if found:
         return (f"No gated FFN here has LoRA on its {gate}. It is on {', '.join(found)}: name the "
@@ -769,7 +775,8 @@ def steered_by(optimizers, stacks):
     steered = [entry for entry in steered if entry[0].requires_grad]  # LoRA-FA trains B alone
     held = {o: {id(p) for group in o.param_groups for p in group["params"]} for o in optimizers}
     refuse(not {id(p) for p, *_ in steered} <= set().union(*held.values()),
-           "The optimizer does not hold the FFNs' LoRA parameters: make it after LoRA is in place.")
+           "The optimizer does not hold the FFNs' LoRA parameters: make it after LoRA is in place, "
+           "or give a list of all that step together.")
     return {o: [entry for entry in steered if id(entry[0]) in held[o]] for o in optimizers}
 
 def placements(p):
@@ -799,12 +806,17 @@ def distributed():
 def rank():
     return torch.distributed.get_rank() if distributed() else 0
 
-def sum_over_ranks(stacks, token_mask):
-    """Adds the sums of all ranks of torch.distributed, so that they decide alike."""
+def warn_of_nothing(stacks, token_mask):
     if not any(stack.seen for stack in stacks):
         warnings.warn("NALoRA saw no gate before this step: is the model in train() mode?")
+    elif not any(stack.trained for stack in stacks):
+        warnings.warn("NALoRA saw no backward pass reach a gate before this step: it cannot steer "
+                      "an optimizer that steps during backward.")
     elif token_mask is not None and not any(stack.masked for stack in stacks):
         warnings.warn("token_mask fits no FFN's tokens: set it before each pass, or to None.")
+
+def sum_over_ranks(stacks):
+    """Adds the sums of all ranks of torch.distributed, so that they decide alike."""
     if distributed():
         for stack in stacks:
             for t in stack.sums:
@@ -824,6 +836,9 @@ def keep_in_checkpoints(tool, optimizer):
                       optimizer.register_load_state_dict_post_hook(load)]
     load(optimizer)
 
+def in_backward():
+    return torch._C._current_graph_task_id() != -1
+
 class Observer:
     """The hooks of one FFN: they call tool._see once for each pass that trains, with z as the
     activation receives it, or else, where that cannot be seen, as the gate gives it."""
@@ -832,7 +847,7 @@ class Observer:
         self.tool = tool
         self.stack = stack
         self.i = i
-        self.rows = None  # which entries of the gate's output make z, if another layer's could
+        self.looked = False  # whether find_rows has
         self.forget()
         tool._handles.append(stack.gates[i].register_forward_hook(Hook(self.after_gate)))
         if stack.acts[i]:
@@ -840,59 +855,63 @@ class Observer:
             tool._handles.append(stack.acts[i].register_forward_pre_hook(hook))
 
     def forget(self):
-        self.unseen = []  # (token_mask, start, tokens) of passes without gradients
-        self.output = None  # of the gate, until the activation comes: (z, hook, token_mask, start)
+        self.unseen = []  # (token_mask, start, tokens) of passes that backward will compute again
+        self.pending = None  # until the activation comes: (gate's output, hook, token_mask, start)
         self.early = False  # whether the activation came without one
 
     def after_gate(self, gate, z):
-        """Forward hook of the gate. Evaluation leaves no trace."""
-        if self.tool._before is None and self.tool._watch.look(gate):  # not in a step's closure
-            self.tool._forget()
-        self.output = None
-        token_mask, start = self.pass_to_observe(gate, z)
-        if start is not None:
+        """Forward hook of the gate. Evaluation, passes of the base model and passes under no_grad
+        leave no trace."""
+        self.pending = None
+        found = None
+        if in_backward():
+            found = self.recomputed(z)
+        elif gate.training and not (getattr(gate, "disable_adapters", False)
+                                    or self.tool._watch.no_grad):
+            if self.tool._before is None and self.tool._watch.look(gate):  # not in a step's closure
+                self.tool._forget()
+            found = self.first_seen(z)
+        if found:
+            token_mask, start = found
+            token_mask = self.fitting(token_mask, z)
             seen = self.stack.seen
             seen[self.i] = max(seen[self.i], start + z.shape[:-1].numel())
             fused = self.stack.rows is not None
             hook = None if fused else self.tool._see(self.stack, self.i, z, token_mask, start)
-            self.output = (z, hook, token_mask, start) if self.stack.acts[self.i] else None
+            self.pending = (z, hook, token_mask, start) if self.stack.acts[self.i] else None
 
     def before_act(self, act, inputs):
         """Forward pre-hook of the activation: is its input the gate's output as it is?"""
-        if self.output is None:
+        if self.pending is None:
             self.early = True
             return
-        output, hook, token_mask, start = self.output
-        self.output = None
+        output, hook, token_mask, start = self.pending
+        self.pending = None
         if inputs[0] is not output:  # a part of it, or changed on the way
             if hook:
                 hook.remove()
             self.find_rows(inputs[0], output)
             self.tool._see(self.stack, self.i, inputs[0], token_mask, start)
 
-    def pass_to_observe(self, gate, z):
-        """(token_mask, number of the first token) of a pass that shall be observed, else Nones.
-        Gradient checkpointing computes a pass twice: one kind with gradients both times, the other
-        at first without, so that such a pass waits in `unseen` until backward comes to it."""
-        if not gate.training or getattr(gate, "disable_adapters", False):
-            return None, None  # evaluation, or a pass of the base model
-        tokens = z.shape[:-1].numel()
-        if torch._C._current_graph_task_id() != -1:  # inside a backward pass
-            fits = [k for k, (_, _, size) in enumerate(self.unseen) if size == tokens]
-            if fits and z.requires_grad:
-                return self.unseen.pop(fits[-1])[:2]
-            return None, None
-        token_mask = self.fitting(self.tool.token_mask, z)
-        start = self.stack.seen[self.i]
+    def first_seen(self, z):
+        """(token_mask, number of the first token) of a pass that trains. Under one kind of gradient
+        checkpointing it has no gradients yet: then it waits in `unseen` until it is computed again
+        during backward, and nothing is returned."""
+        start = self.stack.seen[self.i] + sum(tokens for _, _, tokens in self.unseen)
         if z.requires_grad:
-            return token_mask, start
-        start += sum(size for _, _, size in self.unseen)
-        self.unseen.append((token_mask, start, tokens))
-        return None, None
+            return self.tool.token_mask, start
+        self.unseen.append((self.tool.token_mask, start, z.shape[:-1].numel()))
+
+    def recomputed(self, z):
+        """As `first_seen`, of a pass that waited. The other kind of checkpointing had gradients the
+        first time, too."""
+        fits = [k for k, (_, _, tokens) in enumerate(self.unseen) if tokens == z.shape[:-1].numel()]
+        return self.unseen.pop(fits[-1])[:2] if fits and z.requires_grad else None
 
     def fitting(self, mask, z):
-        """The token mask if it is of gates z. In a model of several towers it is one tower's."""
-        if mask is None:
+        """The token mask if it is of gates z. In a model of several towers it is one tower's; in an
+        encoder-decoder the encoder's."""
+        if mask is None or self.stack.decodes[self.i]:
             return None
         if mask.shape == z.shape[:-1] or z.dim() == 2 and mask.numel() == len(z):
             self.stack.masked = True
@@ -903,20 +922,20 @@ class Observer:
     def find_rows(self, z, output):
         """Which rows of B make the activation's input: autograd tells, once, which entries of the
         gate's output it is made of. ValueError if it is made of others."""
-        if self.rows is not None:
+        if self.looked or not z.numel():
             return
+        self.looked = True
         stack = self.stack
         grad, = torch.autograd.grad(z.sum(), output, retain_graph=True, allow_unused=True)
-        self.check(grad is None or z.size(-1) != stack.state.mask.size(-1))
-        self.rows = grad.flatten(0, -2).ne(0).any(0).nonzero().flatten()
+        self.refuse_gate(grad is None or z.size(-1) != stack.state.mask.size(-1))
+        rows = grad.flatten(0, -2).ne(0).any(0).nonzero().flatten()
         if stack.rows is not None:
-            self.check(len(self.rows) != len(stack.rows))
-            stack.rows = self.rows
+            self.refuse_gate(len(rows) != len(stack.rows))
+            stack.rows = rows
 
-    def check(self, wrong=None):
-        """ValueError if `gate` does not name the layer in front of the activation."""
-        refuse(wrong or self.early and self.output, f"In {self.stack.names[self.i]} the activation "
-               "does not see the output of the layer that `gate` names: name the one before it.")
+    def refuse_gate(self, wrong):
+        refuse(wrong, f"In {self.stack.names[self.i]} the activation does not see the output of "
+               "the layer that `gate` names: name the one before it.")
 
 class Hook:
     """A gate's or activation's hook. In a copy of the model it has nothing to call, and says so."""
@@ -929,7 +948,7 @@ class Hook:
         if self.call is not None:
             return self.call(module, inputs if z is None else z)
         live = any(getattr(hook, "call", None) for hook in module._forward_hooks.values())
-        if z is not None and module.training and z.requires_grad and not live:
+        if isinstance(z, Tensor) and z.requires_grad and module.training and not live:
             warnings.warn("This is a copy of a model that NALoRA steers; the copy trains as plain "
                           "LoRA: make a NALoRA for it, or remove() the first before copying.")
 
@@ -940,17 +959,28 @@ def note_version(versions, parameter):
     versions[:] = [parameter.grad._version]
 
 class Watch:
-    """Notices what goes past NALoRA: steps of others, other adapters, gradients thrown away."""
+    """Notices what goes past NALoRA: passes under no_grad, steps of others, other adapters,
+    gradients thrown away."""
 
-    def __init__(self, tool):
+    def __init__(self, tool, model):
         self.gate = tool._stacks[0].gates[0]
         self.parameter = lora_pairs(self.gate)[0][1]  # B
         self.after_backward = []  # version of its gradient then; no cycle through the hook
         self.rows = None  # some of its rows as they should be at the next pass, if it is a rare one
         self.passes = 0
+        self.no_grad = False  # in a pass of the whole model
         self.adapters = self.active()
-        tool._handles.append(self.parameter.register_post_accumulate_grad_hook(
-            partial(note_version, self.after_backward)))
+        tool._handles += [
+            self.parameter.register_post_accumulate_grad_hook(
+                partial(note_version, self.after_backward)),
+            model.register_forward_pre_hook(Hook(self.begin_pass)),
+            model.register_forward_hook(Hook(self.end_pass), always_call=True)]
+
+    def begin_pass(self, model, inputs):
+        self.no_grad = not torch.is_grad_enabled()
+
+    def end_pass(self, model, output):
+        self.no_grad = False
 
     def forget(self):
         self.after_backward.clear()
@@ -959,19 +989,18 @@ class Watch:
         return list(getattr(self.gate, "active_adapters", []))
 
     def after_step(self):
-        self.rows = None if self.passes & (self.passes + 1) else local(self.parameter)[:8].clone()
+        rare = (self.passes + 1).bit_count() == 1
+        self.rows = local(self.parameter)[:8].clone() if rare else None
 
     def look(self, gate):
-        """Warns of other adapters and of steps by others; True if the gradients since the last step
-        were thrown away."""
-        if getattr(gate, "disable_adapters", False):
-            return False
-        if gate is self.gate and torch._C._current_graph_task_id() == -1:
+        """At a pass that trains: warns of other adapters and of steps by others. True if the
+        gradients since the last step were thrown away."""
+        if gate is self.gate:
             self.compare()
+        if not self.after_backward:
+            return False
         grad = self.parameter.grad
-        if not self.after_backward or grad is None:
-            return bool(self.after_backward)
-        return self.after_backward != [grad._version] and not grad.any()
+        return grad is None or self.after_backward != [grad._version] and not grad.any()
 
     def compare(self):
         if self.adapters != self.active():
@@ -979,7 +1008,7 @@ class Watch:
             warnings.warn("Other adapters are active than when this NALoRA was made, and train as "
                           "plain LoRA: remove() it and make a new one.")
         self.passes += 1
-        if self.passes & (self.passes - 1):
+        if self.passes.bit_count() > 1:
             return  # the device is waited for at passes 1, 2, 4, 8, ... alone
         now = local(self.parameter)[:8].clone()
         if self.rows is not None and not torch.equal(self.rows, now):
@@ -995,7 +1024,11 @@ def NALoRACallback(config=None, gate=GATES, act=None):
     from transformers import TrainerCallback
 
     class Callback(TrainerCallback):
+        nalora = None
+
         def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+            if self.nalora:  # of a training that was interrupted
+                self.on_train_end()
             self.nalora = NALoRA(model, optimizer, config, gate, act)
             self.handle = model.register_forward_pre_hook(self.before_pass, with_kwargs=True)
 
@@ -1004,7 +1037,7 @@ def NALoRACallback(config=None, gate=GATES, act=None):
             mask = kwargs.get("attention_mask")
             self.nalora.token_mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
-        def on_train_end(self, args, state, control, **kwargs):
+        def on_train_end(self, *args, **kwargs):
             self.nalora.remove()
             self.handle.remove()
 
@@ -1023,13 +1056,16 @@ def inject_lora(model, targets, rank=8, alpha=16):
                f"{', '.join(sorted({name.split('.')[-1] for name in linears}))}.")
         chosen |= matches
     refuse(not chosen, "No targets are given: name at least one linear layer, such as 'gate_proj'.")
-    chosen = {name: m for name, m in linears.items() if name in chosen}  # in module order
+    put_lora(model, {name: m for name, m in linears.items() if name in chosen}, rank, alpha)
+    return [name for name in linears if name in chosen]  # in module order
+
+def put_lora(model, chosen, rank, alpha):
+    """Puts LoRA on the layers of {name: nn.Linear}."""
     refuse_shared(model, chosen)
-    for linear in chosen.values():
-        check_size(linear, rank, alpha)
+    for m in chosen.values():
+        check_size(m, rank, alpha)
     model.requires_grad_(False)
-    put(model, {linear: LoRALinear(linear, rank, alpha) for linear in chosen.values()})
-    return list(chosen)
+    put(model, {m: LoRALinear(m, rank, alpha) for m in chosen.values()})
 
 def check_size(linear, rank, alpha):
     most = min(linear.in_features, linear.out_features)
@@ -1166,8 +1202,9 @@ def load_adapter(model, directory):
     linears = {name: m for name, m in base_linears(model).items() if name in names}
     fits = {f"{name}.lora_A.weight": (rank, m.in_features) for name, m in linears.items()}
     fits |= {f"{name}.lora_B.weight": (m.out_features, rank) for name, m in linears.items()}
-    refuse(not tensors or shapes(tensors) != fits or len(tensors) < len(stored), "The adapter in "
-           f"{directory} (rank {rank}) does not fit this model: other module names or shapes.")
+    wrong = sorted(shapes(tensors).items() ^ fits.items())
+    refuse(wrong or not tensors or len(tensors) < len(stored), f"The adapter in {directory} (rank "
+           f"{rank}) does not fit this model: other module names or shapes, see {wrong[:2]}.")
     claimed = {n for n in base_linears(model) if claims(config.get("target_modules"), n)}
     partly = any(config.get(k) for k in ("layers_to_transform", "exclude_modules"))
     refuse(names - claimed or claimed - names and not partly, f"The adapter in {directory} is not "
@@ -1180,7 +1217,7 @@ def load_adapter(model, directory):
                f"The adapter in {directory} was trained on another base model: the norms of its "
                "weights in nalora.json are not this model's.")
     if not has_lora(model):
-        inject_lora(model, names, rank, alpha)
+        put_lora(model, linears, rank, alpha)
     layers = lora_layers(model)
     refuse(dict.fromkeys(names, (rank, alpha)) != {n: (m.rank, m.alpha) for n, m in layers.items()},
            f"The adapter in {directory} differs from the LoRA already in the model.")

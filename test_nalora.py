@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 import nalora
 import train_tiny
+from data.problems import final_answer
 from nalora import (ACTIVATIONS, GateSums, Llama, LlamaConfig, NALoRA, NALoRAConfig, State,
                     correct, decide, effective_homogeneity, homogeneity, importance_mask,
                     inject_lora, load_adapter, lora_parameters, merge_lora, observe, save_adapter,
@@ -403,8 +404,8 @@ def test_switched_off_it_is_lora_bit_for_bit(config):
 
 def test_what_is_off_hooks_nothing():
     assert not start(NALoRAConfig(mask="none", scale="none"))[2]._handles
-    # two gates, the step twice, a parameter's backward, the optimizer's state twice
-    assert len(start(NALoRAConfig())[2]._handles) == 7
+    # two gates, the step, the optimizer's state and the model twice each, a parameter's backward
+    assert len(start(NALoRAConfig())[2]._handles) == 9
 
 def test_statistics_are_those_of_the_step():
     model, opt, tool = start(NALoRAConfig(stride=1, ema=0.8))
@@ -1099,7 +1100,7 @@ def test_every_solution_is_right_and_uses_the_operands():
         for x, sign, y, z in steps:
             assert make_data.evaluate(int(x), sign, int(y)) == int(z)
         assert steps[0][3] in (steps[1][0], steps[1][2])  # the second step uses the first
-        assert train_tiny.final_answer(p["completion"]) == p["answer"] == int(steps[1][3])
+        assert final_answer(p["completion"]) == p["answer"] == int(steps[1][3])
 
 def test_pretraining_text_holds_no_word_problem_and_no_held_out_equation():
     assert not re.search(r"answer is [0-9]", TEXT)

@@ -6,8 +6,8 @@
     python train_tiny.py --sample "Ann has 3 apples. She buys 4. How many apples does Ann have?"
 """
 import argparse
-import base64
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -18,23 +18,23 @@ import re
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
-from decimal import Decimal
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads soon sleep; before torch
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle threads sleep soon; set before torch loads
 
 import numpy as np
-import tiktoken
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from data.problems import (DATA, SPLITS, CheckpointTokenizer, encode_problem, encode_prompt,
+                           encode_text, is_right, load_tokenizer, read_problems, read_splits,
+                           text_windows, tokenizer_of, whole_text)
 from nalora import (Llama, LlamaConfig, NALoRA, NALoRAConfig, inject_lora, load_adapter,
                     lora_parameters, read_json, refuse, save_adapter, write_files)
 
-DATA = Path(os.path.relpath(Path(__file__).resolve().parent)) / "data"
 RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # of torchrun
 TINY = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
@@ -42,56 +42,62 @@ TINY = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
 
 # ---- a run's settings ----------------------------------------------------------------------------
 
-def flag(name):
-    return name.replace("_", "-")
+def flag(default, help, **more):
+    """A setting that the command line has, too."""
+    return field(default=default, metadata={"help": help, **more})
 
 @dataclass(frozen=True)
 class Config:
     """Everything that a run's result depends on, but for the machine; config.json holds it."""
     method: str = "nalora"
-    seed: int = 0
-    device: str = "cpu"
-    dtype: str = "float32"                  # of matrix products, by autocast; weights stay float32
-    threads: int = 1
+    data: str = flag(str(DATA), "folder like data/, or a JSON-lines file of prompt and completion")
+    base: str = flag(str(DATA / "base"), "checkpoint folder of the base model (default: base/ of "
+                     "the data)")
+    train_size: int = flag(None, "train on the first N problems", metavar="N")
+    test_size: int = flag(None, "test on the first N problems; 0: on none", metavar="N")
+    seed: int = flag(0, "default: 0")
+    device: str = flag("cpu", "default: the best there is", choices=["cpu", "cuda", "mps"])
+    dtype: str = flag("float32", "of matrix products (default: float32)",
+                      choices=["float32", "bfloat16"])      # by autocast; weights stay float32
+    threads: int = flag(1, "CPU threads (default: PyTorch's choice)")
     ranks: int = 1                          # processes that torchrun started
-    data: str = str(DATA)                   # the toy's folder, or a JSON-lines file
-    base: str = str(DATA / "base")          # checkpoint directory of the base model
-    train_size: int = None                  # None: all
-    test_size: int = None
-    steps: int = 400
-    batch_size: int = 16
-    eval_every: int = 50
+    steps: int = flag(400, "default: 400; pretrain: 4000")
+    batch_size: int = flag(16, "default: 16")
+    eval_every: int = flag(50, "steps between records (default: 50; pretrain: 250)")
     optimizer: str = "adamw"
-    lr: float = 5e-3
+    lr: float = flag(5e-3, "peak learning rate (default: 5e-3; full: 2e-3; pretrain: 3e-3)")
     warmup: float = 0.03                    # share of the steps
     weight_decay: float = 0.0               # of matrices
     beta1: float = 0.9
     beta2: float = 0.999
     momentum: float = 0.0                   # of SGD
     grad_clip: float = 1.0
-    rank: int = 8
-    alpha: float = 16.0
-    targets: tuple = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    keep: float = NALoRAConfig.keep
+    rank: int = flag(8, "of LoRA (default: 8)")
+    alpha: float = flag(16.0, "the update is scaled by alpha / rank (default: 16)")
+    targets: tuple = flag(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
+                           "down_proj"), "linear layers with LoRA (default: all seven of a block)")
+    keep: float = flag(NALoRAConfig.keep, "share of gate rows that move in NA-LoRA (default: 0.5)")
     ema: float = NALoRAConfig.ema
     stride: int = NALoRAConfig.stride
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "eval_every", "grad_clip", "lr", "alpha", "train_size"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"--{flag(name)} is {value}: give a number above zero.")
-        for name in ("seed", "weight_decay", "test_size", "threads"):
-            value = getattr(self, name)
-            if value is not None and not (name == "threads") <= value < 2**62:
-                raise ValueError(f"--{flag(name)} is {value}: it cannot be negative or that large.")
-        for name in ("warmup", "beta1", "beta2", "momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"--{flag(name)} is {getattr(self, name)}: give a number in "
-                                 "[0, 1).")
-        if self.batch_size % self.ranks:
-            raise ValueError(f"--batch-size {self.batch_size} cannot be shared evenly by "
-                             f"{self.ranks} ranks: give a multiple of {self.ranks}.")
+        def check(names, low, high, words):
+            for name in names.split():
+                value = getattr(self, name)
+                refuse(value is not None and not low <= value < high,
+                       f"{dashed(name)} is {value}: give a number {words}.")
+
+        least = math.ulp(0)                 # the smallest number above zero
+        check("steps batch_size eval_every grad_clip lr alpha train_size", least, math.inf,
+              "above zero")
+        check("seed weight_decay test_size", 0, 2**62, "that is not negative and not that large")
+        check("threads", 1, 1025, "from 1 to 1024")
+        check("warmup beta1 beta2 momentum", 0, 1, "in [0, 1)")
+        refuse(self.batch_size % self.ranks, f"--batch-size {self.batch_size} cannot be shared "
+               f"evenly by {self.ranks} ranks: give a multiple of {self.ranks}.")
+
+def dashed(name):
+    return "--" + name.replace("_", "-")
 
 DEFAULTS = {"full": {"lr": 2e-3}, "pretrain": {"lr": 3e-3, "steps": 4000, "eval_every": 250,
                                                "weight_decay": 0.1, "beta2": 0.95}}
@@ -109,7 +115,7 @@ def nalora(model, c, **parts):
     optimizer = lora(model, c)
     config = NALoRAConfig(keep=c.keep, ema=c.ema, stride=c.stride, **parts)
     NALoRA(model, optimizer, config)        # the whole difference between LoRA and NA-LoRA
-    return optimizer
+    return optimizer                        # its steps are corrected now; see optimizer.nalora
 
 METHODS = {"pretrain": full, "full": full, "lora": lora, "nalora": nalora,
            "nalora-mask": partial(nalora, scale="none"),
@@ -172,8 +178,9 @@ def mean_over_ranks(c, loss):
     return loss.item() / c.ranks
 
 def set_up(c, methods=METHODS):
-    """Everything that a run trains with, from its Config. Writes nothing; ValueError where data,
-    base and settings do not fit together."""
+    """What a run trains with, from its Config: model, optimizer, tokenizer, batches, validation,
+    problems, equations, ... Writes nothing; ValueError where data, base and settings do not fit
+    together. methods: evidence/ has more of them."""
     torch.manual_seed(c.seed)
     run = SimpleNamespace(config=c, device=torch.device(c.device))
     run.autocast = torch.autocast(c.device, torch.bfloat16, enabled=c.dtype == "bfloat16")
@@ -190,117 +197,7 @@ def set_up(c, methods=METHODS):
     run.forward = DistributedDataParallel(run.model) if c.ranks > 1 else run.model
     return run
 
-# ---- data: every token sequence is opening, prompt, completion, end token ------------------------
-
-def load_tokenizer(folder=DATA):
-    """The toy's byte-pair tokenizer as a tiktoken.Encoding; the last id is <|endoftext|>."""
-    path = Path(folder) / "tokenizer.tiktoken"
-    try:
-        lines = [line.split() for line in path.read_text().splitlines()]
-        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-        bytes_there = all(bytes([b]) in ranks for b in range(256))
-        if sorted(ranks.values()) != list(range(len(ranks))) or not bytes_there:
-            raise ValueError("its ranks are not 0, 1, 2, ... or a byte is missing")
-        pattern = r" ?[A-Za-z]+|[0-9]|\s|[^A-Za-z0-9\s]"    # a number is the sequence of its digits
-        return tiktoken.Encoding("nalora-tiny", pat_str=pattern, mergeable_ranks=ranks,
-                                 special_tokens={"<|endoftext|>": len(ranks)})
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{path} cannot be read as a tokenizer: {e}") from None
-
-class CheckpointTokenizer:
-    """The tokenizer of a Hugging Face checkpoint, with the members of tiktoken's used here."""
-
-    def __init__(self, directory):
-        try:
-            from transformers import AutoTokenizer
-        except ImportError:
-            raise ValueError(f"{directory} has a tokenizer of its own: pip install transformers "
-                             "to read it.") from None
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False,
-                                                           local_files_only=True)
-        except Exception as e:          # transformers raises many kinds; all mean the same here
-            raise ValueError(f"The tokenizer in {directory} cannot be read: {e}") from None
-        if self.tokenizer.eos_token_id is None:
-            raise ValueError(f"The tokenizer in {directory} has no end-of-sequence token.")
-        self.n_vocab = len(self.tokenizer)
-        self.eot_token = self.tokenizer.eos_token_id
-        self.decode = self.tokenizer.decode
-        self.encode_ordinary = partial(self.tokenizer.encode, add_special_tokens=False)
-        plain = self.encode_ordinary("1")
-        dressed = self.tokenizer("1").input_ids
-        starts = [i for i in range(len(dressed)) if dressed[i:i + len(plain)] == plain]
-        self.opening = dressed[:starts[0]] if starts else []    # what it puts before a text
-
-def tokenizer_of(base, data):
-    """The checkpoint's own tokenizer if it has one, else the toy's."""
-    files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-    if any((Path(base) / name).exists() for name in files):
-        return CheckpointTokenizer(base)
-    return load_tokenizer(data if Path(data).is_dir() else DATA)
-
-def read_problems(path, answers=True):
-    """[{"prompt", "completion", "answer" (a must if `answers`), "line"}] of a JSON-lines file.
-    ValueError names the file and the line."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{path} cannot be read: {e}") from None
-    problems = []
-    cut = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            p = json.loads(line)
-            whole = {key: whole_text(p[key]) for key in ("prompt", "completion")}
-            cut += [number] if whole != {key: p[key] for key in whole} else []
-            p |= whole
-            answer = p["answer"] if answers else p.get("answer", 0)
-            refuse(type(answer) not in (int, float), "answer must be a number")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-            raise ValueError(f"{path}, line {number}: no problem with prompt, completion and "
-                             f"answer ({e}).") from None
-        problems.append({**p, "line": number})
-    refuse(not problems, f"{path} holds no problem.")
-    if cut and RANK == 0:
-        print(f"{path}, line {cut[0]}: half a character (a cut emoji) is read as U+FFFD; so in "
-              f"{len(cut)} lines.", file=sys.stderr)
-    return problems
-
-def whole_text(text):
-    """The text with the half of a character that was cut, as emoji are in JSON, replaced."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-def read_splits(data):
-    """{"train", "val", "test": problems} of a folder, or of one file, where a tenth of the lines,
-    drawn always alike, is kept for test and a tenth for validation."""
-    if data.is_dir():
-        return {split: read_problems(data / f"{split}.jsonl") for split in SPLITS}
-    problems = read_problems(data, answers=False)
-    refuse(len(problems) < 10, f"{data} holds {len(problems)} problems: at least 10 are needed.")
-    order = np.random.default_rng(0).permutation(len(problems))
-    parts = np.split(order, [len(order) // 10, len(order) // 10 * 2])
-    names = ("test", "val", "train")
-    return {split: [problems[i] for i in part] for split, part in zip(names, parts)}
-
-SPLITS = ("train", "val", "test")
-
-def encode_prompt(tokenizer, prompt):
-    """Token ids, at least one: what opens a text (the toy's: <|endoftext|>), if the prompt does
-    not begin with it, and the prompt."""
-    opening = getattr(tokenizer, "opening", [tokenizer.eot_token])
-    ids = tokenizer.encode_ordinary(prompt)
-    if not opening or ids[:len(opening)] != opening:
-        ids = [*opening, *ids]
-    return ids or [tokenizer.eot_token]
-
-def encode_problem(tokenizer, problem):
-    """(token ids, number of prompt tokens)."""
-    prompt = encode_prompt(tokenizer, problem["prompt"])
-    completion = tokenizer.encode_ordinary(problem["completion"])
-    end = [] if completion[-1:] == [tokenizer.eot_token] else [tokenizer.eot_token]
-    return [*prompt, *completion, *end], len(prompt)
+# ---- batches, of what data/problems.py reads -----------------------------------------------------
 
 def collate(encoded, end):
     """Encoded problems -> tokens, targets (-100 but for the completion), token_mask: (B, T)."""
@@ -314,36 +211,27 @@ def collate(encoded, end):
         mask[row, :len(ids) - 1] = True
     return tokens, targets, mask
 
-class ProblemBatches:
+def problem_batches(encoded, size, seed, end):
     """batches(step) -> tokens, targets, token_mask: a function of seed and step alone, so that a
-    resumed run sees the same data."""
+    resumed run sees the same data. size: of a batch."""
 
-    def __init__(self, encoded, batch_size, seed, end):
-        self.encoded = encoded
-        self.batch_size = min(batch_size, len(encoded))
-        self.seed = seed
-        self.end = end
-        self.epoch = None
-
-    def order(self, epoch):
+    @functools.lru_cache(1)
+    def order(epoch):
         """Shuffled problems, sorted by length within runs of eight batches (less padding), the
         batches shuffled again."""
-        rng = np.random.default_rng([self.seed, epoch])
-        shuffled = rng.permutation(len(self.encoded))
-        run = 8 * self.batch_size
+        rng = np.random.default_rng([seed, epoch])
+        shuffled = rng.permutation(len(encoded))
         flat = []
-        for i in range(0, len(shuffled), run):
-            flat += sorted(shuffled[i:i + run], key=lambda j: len(self.encoded[j][0]))
-        count = len(flat) // self.batch_size
-        batches = np.array(flat[:count * self.batch_size]).reshape(count, self.batch_size)
-        return batches[rng.permutation(count)]
+        for i in range(0, len(shuffled), 8 * size):
+            flat += sorted(shuffled[i:i + 8 * size], key=lambda j: len(encoded[j][0]))
+        count = len(flat) // size
+        return np.array(flat[:count * size]).reshape(count, size)[rng.permutation(count)]
 
-    def __call__(self, step):
-        epoch, position = divmod(step, len(self.encoded) // self.batch_size)
-        if self.epoch != epoch:
-            self.epoch = epoch
-            self.batches = self.order(epoch)
-        return collate([self.encoded[j] for j in self.batches[position]], self.end)
+    def batches(step):
+        epoch, position = divmod(step, len(encoded) // size)
+        return collate([encoded[j] for j in order(epoch)[position]], end)
+
+    return batches
 
 def problem_data(run, model_config):
     """Puts tokenizer, batches, validation, test problems and equations of a data folder or file
@@ -351,26 +239,26 @@ def problem_data(run, model_config):
     c = run.config
     data = Path(c.data)
     run.tokenizer = tokenizer = tokenizer_of(c.base, data)
-    own = isinstance(tokenizer, CheckpointTokenizer)
-    if model_config.vocab_size < tokenizer.n_vocab or (
-            not own and model_config.vocab_size != tokenizer.n_vocab):
-        raise ValueError(f"{c.base} has {model_config.vocab_size} tokens, its tokenizer has "
-                         f"{tokenizer.n_vocab}.")
+    own = isinstance(tokenizer, CheckpointTokenizer)        # such a model may have spare tokens
+    size = model_config.vocab_size
+    refuse(size < tokenizer.n_vocab or not own and size != tokenizer.n_vocab,
+           f"{c.base} has {size} tokens, its tokenizer has {tokenizer.n_vocab}.")
     splits = read_splits(data)
     encoded = {split: [encode_problem(tokenizer, p) for p in splits[split]] for split in SPLITS}
-    longest = max(len(ids) - prompt for ids, prompt in encoded["train"])
-    run.max_new = max(MAX_NEW, longest)
+    run.max_new = max(MAX_NEW, *(len(ids) - prompt for ids, prompt in encoded["train"]))
     endings = {p["prompt"][len(p["prompt"].rstrip()):] for p in splits["train"]}
     run.ending = endings.pop() if len(endings) == 1 else None   # what every prompt ends with
+    most = model_config.max_position_embeddings
     for split in SPLITS:
         path = data / f"{split}.jsonl" if data.is_dir() else data
         for problem, (ids, prompt) in zip(splits[split], encoded[split]):
             length = prompt + run.max_new if split == "test" else len(ids) - 1
-            if length > model_config.max_position_embeddings:
-                raise ValueError(f"{path}, line {problem['line']}: {length} tokens exceed the "
-                                 f"context of {model_config.max_position_embeddings}: shorten it.")
-    run.batches = ProblemBatches(encoded["train"][:c.train_size], c.batch_size, c.seed,
-                                 tokenizer.eot_token)
+            refuse(length > most, f"{path}, line {problem['line']}: {length} tokens exceed the "
+                   f"context of {most}: shorten it.")
+    train = encoded["train"][:c.train_size]
+    size = min(c.batch_size, len(train))
+    refuse(size % c.ranks, f"{size} problems cannot be shared evenly by {c.ranks} ranks.")
+    run.batches = problem_batches(train, size, c.seed, tokenizer.eot_token)
     val = sorted(encoded["val"], key=lambda e: len(e[0]))
     run.validation = [collate(val[i:i + 50], tokenizer.eot_token) for i in range(0, len(val), 50)]
     held_out = data / "arithmetic.jsonl"        # pre-training never saw these equations
@@ -408,18 +296,6 @@ def pretraining_data(run):
     held_out = text_windows(run.tokenizer, Path(c.data) / "pretrain_val.txt")
     run.validation = [(held_out[:, :-1], held_out[:, 1:], None)]
 
-def encode_text(tokenizer, path):
-    """The documents (lines) of a text file as one list of token ids, <|endoftext|> around each."""
-    lines = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    documents = tokenizer.encode_ordinary_batch(lines)
-    return [i for ids in documents for i in (tokenizer.eot_token, *ids)] + [tokenizer.eot_token]
-
-def text_windows(tokenizer, path):
-    """A text file in consecutive windows of 129 tokens, (N, 129). ValueError if it has none."""
-    ids = torch.tensor(encode_text(tokenizer, path))
-    refuse(len(ids) < 129, f"{path} has {len(ids)} tokens: at least 129 are needed.")
-    return ids[:len(ids) // 129 * 129].view(-1, 129)
-
 # ---- evaluation ----------------------------------------------------------------------------------
 
 MAX_NEW = 32                            # tokens of the toy's longest solution, and some
@@ -428,37 +304,16 @@ def solve(model, tokenizer, prompts, max_new_tokens=MAX_NEW):
     """Greedy completions of the prompts, in order. Prompts of equal length share a batch, so none
     needs padding."""
     device = next(model.parameters()).device
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     answers = {}
-    by_length = {}
-    for i, prompt in enumerate(prompts):
-        ids = encode_prompt(tokenizer, prompt)
-        by_length.setdefault(len(ids), {})[i] = ids
-    for length, rows in by_length.items():
-        tokens = torch.tensor(list(rows.values()), device=device)               # (B, length)
+    for length in dict.fromkeys(map(len, encoded)):
+        rows = [i for i, ids in enumerate(encoded) if len(ids) == length]
+        tokens = torch.tensor([encoded[i] for i in rows], device=device)        # (B, length)
         out = model.generate(tokens, max_new_tokens, stop=tokenizer.eot_token)
         for i, ids in zip(rows, out[:, length:].tolist()):
             end = ids.index(tokenizer.eot_token) if tokenizer.eot_token in ids else None
             answers[i] = tokenizer.decode(ids[:end])
     return [answers[i] for i in range(len(prompts))]
-
-NUMBER = r"(?<![\w.])-?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
-
-def final_answer(text, mark="The answer is"):
-    """The number right after the mark, the last one without a mark, or None."""
-    if mark:
-        numbers = re.findall(rf"^[\s:=]*({NUMBER})", text.partition(mark)[2])
-    else:
-        numbers = re.findall(NUMBER, text)
-    return Decimal(re.sub("[$,]", "", numbers[-1])) if numbers else None
-
-def is_right(problem, completion):
-    """Whether the final number is the answer, found as the given completion shows it: after "The
-    answer is" (the toy), after "####", or last. Without an answer the text must be the given."""
-    given = problem["completion"]
-    if "answer" not in problem:
-        return completion.strip() == given.strip()
-    mark = next((m for m in ("The answer is", "####") if m in given), "")
-    return final_answer(completion, mark) == Decimal(str(problem["answer"]))
 
 def exact_match(model, tokenizer, problems, max_new_tokens=MAX_NEW):
     """(share of problems solved rightly, the completions)."""
@@ -496,15 +351,14 @@ def train(run, out, state=None):
     """Trains to the last step; writes checkpoint.pt and metrics.jsonl in `out` at every record.
     Returns (records, seconds of each step)."""
     c = run.config
+    tool = getattr(run.optimizer, "nalora", None)
     records = state["records"] if state else []
     first = state["step"] if state else 0
     if not first and c.eval_every <= c.steps:
         records.append({"step": 0, "val_loss": validate(run)})
+    before = tool.statistics() if tool and state else None
     losses = []
     times = []
-    masks = {}
-    if state and hasattr(run.optimizer, "nalora"):
-        masks = {name: s["mask"] for name, s in run.optimizer.nalora.statistics().items()}
     start = began = time.perf_counter()
     for step, loss in enumerate(training_loop(run, first), first + 1):
         times.append(time.perf_counter() - start)
@@ -515,10 +369,11 @@ def train(run, out, state=None):
             if not math.isfinite(record["val_loss"]):
                 raise Diverged(f"The validation loss is not finite at step {step}: training stops "
                                "there; try a smaller --lr.")
-            if hasattr(run.optimizer, "nalora"):
-                now = run.optimizer.nalora.statistics()
-                record["layers"] = layer_record(now, masks)
-                masks = {name: s["mask"] for name, s in now.items()}
+            if tool:
+                now = tool.statistics()
+                record["layers"] = {name: layer_record(s, before and before[name])
+                                    for name, s in now.items()}
+                before = now
             records.append(record)
             if RANK == 0:
                 save_checkpoint(run, out, step, records)
@@ -529,17 +384,13 @@ def train(run, out, state=None):
         write_files(out, {"metrics.jsonl": json_lines(records)})    # a kill may have come before
     return records, times
 
-def layer_record(statistics_now, masks_before):
-    """What metrics.jsonl keeps of NA-LoRA per FFN. density: share of B_gate's rows that move;
-    turnover: share of the mask that changed since the last record, None at the first."""
-    record = {}
-    for name, s in statistics_now.items():
-        numbers = {key: s[key] for key in ("k_hat", "occupancy", "scale")}
-        record[name] = {key: x if math.isfinite(x) else None for key, x in numbers.items()}
-        record[name]["density"] = s["mask"].float().mean().item()
-        changed = s["mask"] != masks_before[name] if masks_before else None
-        record[name]["turnover"] = None if changed is None else changed.float().mean().item()
-    return record
+def layer_record(now, before):
+    """What metrics.jsonl keeps of an FFN's NA-LoRA statistics. density: share of B_gate's rows that
+    move; turnover: share of the mask that changed since the last record, None at the first."""
+    record = {key: now[key] if math.isfinite(now[key]) else None
+              for key in ("k_hat", "occupancy", "scale")}
+    changed = before and (now["mask"] != before["mask"]).float().mean().item()
+    return {**record, "density": now["mask"].float().mean().item(), "turnover": changed}
 
 def progress(record, steps):
     """A line such as "step 50/400  loss 0.68  val_loss 0.12  k_hat 0.98 to 1.06 ..."."""
@@ -548,7 +399,7 @@ def progress(record, steps):
     if "layers" in record:
         layers = record["layers"].values()
         for key in ("k_hat", "scale"):
-            values = [math.nan if layer[key] is None else layer[key] for layer in layers]
+            values = [layer[key] for layer in layers if layer[key] is not None] or [math.nan]
             line += f"  {key} {min(values):.2f} to {max(values):.2f}"
         line += f"  rows {statistics.mean(layer['density'] for layer in layers):.0%}"
     return line
@@ -575,19 +426,18 @@ def load_checkpoint(run, out):
     saved = read_json(out / "config.json")
     here = json.loads(json.dumps(asdict(run.config)))
     for key in {**saved, **here}:
-        if saved.get(key) != here.get(key):
-            how = "resume it with its own settings, or choose another --out"
-            if key == "threads":
-                how = ("sums would be rounded in another order, so resume it with "
-                       f"--threads {saved.get(key)}")
-            raise ValueError(f"{out} holds a run with {key} = {saved.get(key)!r}, not "
-                             f"{here.get(key)!r}: {how}.")
+        how = "resume it with its own settings, or choose another --out"
+        if key == "threads":
+            how = ("sums would be rounded in another order, so resume it with "
+                   f"--threads {saved.get(key)}")
+        refuse(saved.get(key) != here.get(key), f"{out} holds a run with {key} = "
+               f"{saved.get(key)!r}, not {here.get(key)!r}: {how}.")
     if not path.exists():
         return None
     try:
         content = path.read_bytes()
-        if hashlib.sha256(content[:-32]).digest() != content[-32:]:
-            raise ValueError("its content is not what was written")
+        refuse(hashlib.sha256(content[:-32]).digest() != content[-32:],
+               "its content is not what was written")
         state = torch.load(io.BytesIO(content[:-32]), map_location="cpu", weights_only=True)
         refuse(json.loads(json.dumps(state["config"])) != here, "it was made with other settings")
         for key, now in digest(run.config).items():
@@ -599,8 +449,8 @@ def load_checkpoint(run, out):
                 p.copy_(parameters[name])
         return {"step": state["step"], "records": state["records"]}
     except Exception as e:                  # torch raises many kinds
-        raise ValueError(f"{path} is no checkpoint of this run: "
-                         f"{str(e).splitlines()[0]}") from None
+        why = (str(e) or type(e).__name__).splitlines()[0]
+        raise ValueError(f"{path} is no checkpoint of this run: {why}") from None
 
 def save_results(run, out):
     """The trained weights: model/ where all trains, else adapter/. Returns the file."""
@@ -612,12 +462,9 @@ def save_results(run, out):
     return out / "adapter" / "adapter_model.safetensors"
 
 def execute(c, out, resume=False, save=save_results, methods=METHODS):
-    """One run from its Config to summary.json, which is returned; `save` writes its weights.
-    ValueError before anything is written if the run cannot be."""
+    """One run from its Config to summary.json, which is returned. ValueError before anything is
+    written if the run cannot be. save: writes its weights (evidence/ has another)."""
     began = time.perf_counter()
-    if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} already holds a run. To go on with it or see it again: add "
-                         f"--resume. To train anew: add --out {out}-2.")
     run = set_up(c, methods)
     run.digest = digest(c)
     state = load_checkpoint(run, out) if resume else None
@@ -638,23 +485,24 @@ def execute(c, out, resume=False, save=save_results, methods=METHODS):
     if RANK:
         return None
     run.model.eval()
-    summary = {"method": c.method, "seed": c.seed, "val_loss": records[-1]["val_loss"],
-               "trainable_parameters": trainable, "total_parameters": total,
-               "step_ms": 1000 * statistics.median(times) if times else None,
-               "train_seconds": sum(times), "arithmetic_accuracy": None, "test_exact_match": None}
+    equations = exact = None
     completions = []
     if run.problems:                        # --test-size 0 judges by validation loss alone
         equations = arithmetic_accuracy(run.model, run.tokenizer, run.equations)
         exact, completions = exact_match(run.model, run.tokenizer, run.problems, run.max_new)
-        summary |= {"arithmetic_accuracy": equations, "test_exact_match": exact}
-    summary["file_bytes"] = save(run, out).stat().st_size
+    size = save(run, out).stat().st_size
     draw_loss({c.method: records}, out / "loss.png")
     if "layers" in records[-1]:
         draw_layers(records, out / "nalora.png")
-    summary |= {"prompt_ending": run.ending, "max_new_tokens": run.max_new, "digest": run.digest}
-    summary |= {"wall_seconds": time.perf_counter() - began, "threads": torch.get_num_threads(),
-                "machine": platform.machine(), "python": platform.python_version(),
-                "torch": torch.__version__}
+    summary = {"method": c.method, "seed": c.seed, "val_loss": records[-1]["val_loss"],
+               "trainable_parameters": trainable, "total_parameters": total,
+               "step_ms": 1000 * statistics.median(times) if times else None,
+               "train_seconds": sum(times), "arithmetic_accuracy": equations,
+               "test_exact_match": exact, "file_bytes": size, "prompt_ending": run.ending,
+               "max_new_tokens": run.max_new, "digest": run.digest,
+               "wall_seconds": time.perf_counter() - began, "threads": torch.get_num_threads(),
+               "machine": platform.machine(), "python": platform.python_version(),
+               "torch": torch.__version__}
     write_files(out, {"summary.json": summary})
     for problem, completion in zip(run.problems[:3], completions):
         wanted = problem.get("answer", problem["completion"])
@@ -668,14 +516,13 @@ def execute(c, out, resume=False, save=save_results, methods=METHODS):
     return summary
 
 def sample(out, prompt):
-    """Prints completions by the trained model in `out`."""
+    """Prints completions by the trained model in `out`, of the prompt or of three test problems."""
     saved = read_json(out / "config.json") if (out / "config.json").exists() else {}
     known = {f.name for f in fields(Config)}
-    if saved.get("method") not in METHODS or not known <= set(saved):
-        raise ValueError(f"{out} holds no run of this program: train one first, or name its folder "
-                         "with --out.")
-    if not (out / "summary.json").exists():
-        raise ValueError(f"The run in {out} is not finished: run its command again with --resume.")
+    refuse(saved.get("method") not in METHODS or not known <= set(saved),
+           f"{out} holds no run of this program: train one first, or name its folder with --out.")
+    refuse(not (out / "summary.json").exists(),
+           f"The run in {out} is not finished: run its command again with --resume.")
     c = Config(**{name: saved[name] for name in known})
     summary = read_json(out / "summary.json")
     refuse(not {"prompt_ending", "max_new_tokens", "digest"} <= set(summary),
@@ -687,13 +534,13 @@ def sample(out, prompt):
                f"{c.base} is not the base model that {out} was trained on: it has changed since.")
         model = Llama.from_pretrained(c.base)
         load_adapter(model, out / "adapter")
-    tokenizer = tokenizer_of(c.base, c.data)
     ending = summary["prompt_ending"]
     prompt = whole_text(prompt)
     prompts = [prompt if ending is None else prompt.rstrip() + ending]  # as in training
     if not prompt:
         prompts = [p["prompt"] for p in read_splits(Path(c.data))["test"][:3]]
-    completions = solve(model.eval(), tokenizer, prompts, summary["max_new_tokens"])
+    completions = solve(model.eval(), tokenizer_of(c.base, c.data), prompts,
+                        summary["max_new_tokens"])
     for text, completion in zip(prompts, completions):
         print(f"{text.strip()}\n{completion}\n")
 
@@ -751,7 +598,7 @@ def draw_loss(runs, path):
     for colour, (label, records) in zip(COLOURS, runs.items()):
         steps = [r["step"] for r in records]
         ax.plot(steps, [r["val_loss"] for r in records], color=colour, label=f"{label}, validation")
-        trained = [(a["step"], b) for a, b in zip([{"step": 0}, *records], records) if "loss" in b]
+        trained = [(before, b) for before, b in zip([0, *steps], records) if "loss" in b]
         middles = [(before + r["step"]) / 2 for before, r in trained]   # a mean over these steps
         ax.plot(middles, [r["loss"] for _, r in trained], ":", color=colour,
                 label=f"{label}, training")
@@ -760,19 +607,19 @@ def draw_loss(runs, path):
     save_figure(figure, path)
 
 def draw_layers(records, path):
-    """k_hat, step scale, share of positive gates and of rows that move, of each FFN over steps."""
+    """k_hat, step scale, share of positive gates and change of the mask of each FFN over steps."""
     records = [r for r in records if "layers" in r]
+    steps = [r["step"] for r in records]
+    names = list(records[0]["layers"])
     titles = {"k_hat": r"effective homogeneity $\hat{k}$", "scale": "step scale",
               "occupancy": "share of gates z > 0", "turnover": "share of the mask that changed"}
     figure, axes = new_figure(2, width=9, height=6, rows=2)
-    names = list(records[0]["layers"])
     for ax, (key, title) in zip(axes.flat, titles.items()):
         for i, name in enumerate(names):
             colour = COLOURS[i % len(COLOURS)] if len(names) <= 8 else f"{i / len(names):.2f}"
-            values = [math.nan if r["layers"][name][key] is None else r["layers"][name][key]
-                      for r in records]
-            ax.plot([r["step"] for r in records], values, ".-",
-                    color=colour, label=f"layer {i}")
+            values = [r["layers"][name][key] for r in records]
+            ax.plot(steps, [math.nan if v is None else v for v in values], ".-", color=colour,
+                    label=f"layer {i}")
         ax.set(xlabel="step", title=title)
         if key in ("k_hat", "scale"):
             ax.axhline(1, color="0.7", lw=0.8, zorder=0)
@@ -793,22 +640,10 @@ def command_line():
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--sample", nargs="?", const="", metavar="PROMPT", help="answer PROMPT, or three test "
         "problems, with the trained run in --out")
-    add("--data", help="folder like data/, or one JSON-lines file of prompts and completions")
-    add("--base", help="checkpoint directory of the base model (default: data/base)")
-    add("--train-size", type=int, metavar="N", help="train on the first N problems")
-    add("--test-size", type=int, metavar="N", help="test on the first N problems; 0: on none")
-    add("--seed", type=int, help="default: 0")
-    add("--device", choices=["cpu", "cuda", "mps"], help="default: the best there is")
-    add("--dtype", choices=["float32", "bfloat16"], help="of matrix products (default: float32)")
-    add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
-    add("--steps", type=int, help="default: 400; pretrain: 4000")
-    add("--batch-size", type=int, help="default: 16")
-    add("--eval-every", type=int, help="steps between records (default: 50; pretrain: 250)")
-    add("--lr", type=float, help="peak learning rate (default: 5e-3; full 2e-3, pretrain 3e-3)")
-    add("--rank", type=int, help="of LoRA (default: 8)")
-    add("--alpha", type=float, help="the update is scaled by alpha / rank (default: 16)")
-    add("--targets", nargs="+", help="linear layers with LoRA (default: all seven of a block)")
-    add("--keep", type=float, help="share of gate rows that move in NA-LoRA (default: 0.5)")
+    for f in fields(Config):
+        if f.metadata:
+            several = {"type": str, "nargs": "+"} if f.type is tuple else {"type": f.type}
+            add(dashed(f.name), **several, **f.metadata)
     return parser
 
 def resolve(args, method):
@@ -819,9 +654,8 @@ def resolve(args, method):
             "full": ("rank", "alpha", "targets", "keep"), "lora": ("keep",),
             "nalora-scale": ("keep",)}
     for name in idle.get(method, ()):
-        if name in given and args.method == method:
-            raise ValueError(f"--{flag(name)} has no effect with --method {method}: "
-                             "leave it out.")
+        refuse(name in given and args.method == method,
+               f"{dashed(name)} has no effect with --method {method}: leave it out.")
     data = Path(given.get("data", DATA))
     base = str((data if data.is_dir() else DATA) / "base") if method != "pretrain" else ""
     return Config(**{"base": base, **DEFAULTS.get(method, {}), **given, "data": str(data),
@@ -843,8 +677,8 @@ def ranks_of_torchrun(args):
     if "WORLD_SIZE" not in os.environ:
         yield
         return
-    if args.method == "all" or args.sample is not None:
-        raise ValueError("torchrun trains one method on several ranks: give --method, no --sample.")
+    refuse(args.method == "all" or args.sample is not None,
+           "torchrun trains one method on several ranks: give --method, no --sample.")
     cuda = args.device != "cpu" and torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(LOCAL_RANK)
@@ -858,16 +692,20 @@ def ranks_of_torchrun(args):
 
 def command(args):
     if args.threads is not None:
-        if not 1 <= args.threads <= 1024:
-            raise ValueError(f"--threads is {args.threads}: give a number from 1 to 1024.")
+        refuse(not 1 <= args.threads <= 1024,
+               f"--threads is {args.threads}: give a number from 1 to 1024.")
         torch.set_num_threads(args.threads)
-    args.out = args.out or Path("runs") / args.method
+    out = args.out = args.out or Path("runs") / args.method
     if args.sample is not None:
-        sample(args.out, args.sample)
-    elif args.method == "all":
+        sample(out, args.sample)
+        return
+    refuse(not args.resume and out.exists() and (not out.is_dir() or any(out.iterdir())),
+           f"{out} already holds a run. To go on with it or see it again: add --resume. To train "
+           f"anew: add --out {out}-2.")
+    if args.method == "all":
         run_all(args)
     else:
-        execute(resolve(args, args.method), args.out, args.resume)
+        execute(resolve(args, args.method), out, args.resume)
 
 def main(argv=None):
     """The exit code: 0, or 2 with one sentence for input that cannot be used; 130 at Ctrl-C."""

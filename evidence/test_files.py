@@ -425,3 +425,18 @@ def test_corrupt_data_names_file_and_line(base, tmp_path, capsys):
         (data / name).write_text(content)
         assert train_tiny.main([*arguments(base, tmp_path / "run"), "--data", str(data)]) == 2
         assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_regular_expression_names_no_layer_whose_name_merely_ends_alike(tmp_path):
+    def made():
+        torch.manual_seed(0)
+        return nn.ModuleDict(
+            {"fc": nn.Linear(8, 8), "encoder": nn.ModuleDict({"fc": nn.Linear(8, 8)})}
+        )
+
+    alone = nn.ModuleDict({"fc": made()["fc"]})
+    inject_lora(alone, ["fc"], 2, 4)
+    save_adapter(alone, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "target_modules": "fc"}))
+    assert load_adapter(made(), tmp_path) == ["fc"]

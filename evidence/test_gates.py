@@ -3,6 +3,7 @@
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +14,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # pytest may be
 
 import nalora
 from nalora import LoRALinear, NALoRA, NALoRAConfig, inject_lora, lora_parameters
-from test_nalora import one_thread  # noqa: F401
-from test_nalora import FFN, equal, lora_llama, small_llama, snapshot, start, take_step
+from test_nalora import (
+    FFN,
+    equal,
+    lora_llama,
+    one_thread,  # noqa: F401
+    small_llama,
+    snapshot,
+    start,
+    take_step,
+)
 
 
 class OtherFFN(nn.Module):
@@ -308,3 +317,40 @@ def test_flattened_parameters_are_refused():
         p.data = p.data.flatten()[:0]  # as ZeRO-3 and FSDP1 leave them on other ranks
     with pytest.raises(ValueError, match="use FSDP2's fully_shard"):
         NALoRA(model, opt)
+
+
+def test_a_fused_layer_may_see_no_token_at_first():
+    model = other_model("gate last")
+    opt = torch.optim.SGD(lora_parameters(model), lr=0.1)
+    tool = NALoRA(model, opt, NALoRAConfig(stride=1))
+    model.forward(torch.randn(0, 5, 8)).square().sum().backward()
+    other_step(model, 0, opt)
+    assert torch.equal(tool._stacks[0].rows, torch.arange(12, 24))
+
+
+def test_the_token_mask_of_an_encoder_decoder_is_the_encoders():
+    model = nn.Module()
+    model.config = SimpleNamespace(is_encoder_decoder=True)
+    model.encoder, model.decoder = nn.Module(), nn.Module()
+    model.encoder.block, model.decoder.block = other_model().layers, other_model(count=1).layers
+    opt = torch.optim.SGD(lora_parameters(model), lr=0.1)
+    tool = NALoRA(model.train(), opt, NALoRAConfig(stride=1))
+    tool.token_mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 0, 0, 0]])
+    for blocks in (model.encoder.block, model.decoder.block):
+        x = torch.randn(2, 5, 8)
+        for block in blocks:
+            x = block(x)
+        x.square().mean().backward()
+    tool._add_up()
+    (stack,) = tool._stacks
+    assert dict(zip(stack.names, stack.sums.tokens.tolist())) == {
+        "encoder.block.0": 5,
+        "encoder.block.1": 5,
+        "decoder.block.0": 10,
+    }
+
+
+def test_lora_put_into_a_model_that_evaluates_evaluates():
+    model = small_llama().eval()
+    inject_lora(model, FFN, 4, 8)
+    assert not any(m.training for m in model.modules())

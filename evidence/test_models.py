@@ -1,5 +1,6 @@
 """NALoRA on models and trainers of transformers, PEFT and Accelerate, which are extras."""
 
+import copy
 import json
 import math
 import re
@@ -242,13 +243,17 @@ def peft_llama():
 
 
 def test_interop_trainer_and_its_resume(tmp_path):
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer, TrainerCallback, TrainingArguments
 
     data = [
         {"input_ids": batch(i, (1, 15))[0][0], "labels": batch(i, (1, 15))[0][0]} for i in range(24)
     ]
 
-    def train(folder, steps, resume=None, method=True):
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, arguments, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    def train(folder, steps, resume=None, method=True, interrupted=False):
         keep = NALoRACallback(NALoRAConfig(stride=1, keep=0.25))
         arguments = TrainingArguments(
             str(folder),
@@ -268,6 +273,14 @@ def test_interop_trainer_and_its_resume(tmp_path):
         trainer = Trainer(
             peft_llama(), arguments, train_dataset=data, callbacks=[keep] if method else []
         )
+        if interrupted:
+            weights = copy.deepcopy(trainer.model.state_dict())
+            trainer.add_callback(Interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train()
+            trainer.remove_callback(Interrupt)
+            trainer.model.load_state_dict(weights)
+            trainer.optimizer = None
         trainer.train(resume_from_checkpoint=resume)
         return snapshot(trainer.model), method and keep.nalora.statistics()
 
@@ -279,6 +292,7 @@ def test_interop_trainer_and_its_resume(tmp_path):
     )
     assert all(x["mask"].sum() == 12 and 0.5 <= x["scale"] <= 2 for x in s.values())
     assert not equal(whole, train(tmp_path / "plain", 6, method=False)[0])
+    assert equal(whole, train(tmp_path / "again", 6, interrupted=True)[0])
 
 
 def test_interop_accelerate():

@@ -1,0 +1,163 @@
+"""What data/ and a file of one's own hold: the tokenizer, problems, texts, and their answers."""
+import base64
+import json
+import os
+import re
+import sys
+from decimal import Decimal
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+
+from nalora import refuse
+
+DATA = Path(os.path.relpath(Path(__file__).resolve().parent))
+SPLITS = ("train", "val", "test")
+
+# ---- tokenizers ----------------------------------------------------------------------------------
+
+def load_tokenizer(folder=DATA):
+    """The toy's byte-pair tokenizer as a tiktoken.Encoding; the last id is <|endoftext|>."""
+    path = Path(folder) / "tokenizer.tiktoken"
+    try:
+        lines = [line.split() for line in path.read_text().splitlines()]
+        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+        bytes_there = all(bytes([b]) in ranks for b in range(256))
+        refuse(sorted(ranks.values()) != list(range(len(ranks))) or not bytes_there,
+               "its ranks are not 0, 1, 2, ... or a byte is missing")
+        pattern = r" ?[A-Za-z]+|[0-9]|\s|[^A-Za-z0-9\s]"    # a number is the sequence of its digits
+        return tiktoken.Encoding("nalora-tiny", pat_str=pattern, mergeable_ranks=ranks,
+                                 special_tokens={"<|endoftext|>": len(ranks)})
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{path} cannot be read as a tokenizer: {e}") from None
+
+class CheckpointTokenizer:
+    """The tokenizer of a Hugging Face checkpoint, with the members of tiktoken's used here."""
+
+    def __init__(self, directory):
+        try:
+            from transformers import AutoTokenizer
+            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False,
+                                                      local_files_only=True)
+        except ImportError:
+            raise ValueError(f"{directory} has a tokenizer of its own: pip install transformers "
+                             "to read it.") from None
+        except Exception as e:          # transformers raises many kinds; all mean the same here
+            raise ValueError(f"The tokenizer in {directory} cannot be read: {e}") from None
+        self.eot_token = tokenizer.eos_token_id
+        refuse(self.eot_token is None,
+               f"The tokenizer in {directory} has no end-of-sequence token.")
+        self.n_vocab = len(tokenizer)
+        self.decode = tokenizer.decode
+        self.encode_ordinary = partial(tokenizer.encode, add_special_tokens=False)
+        plain = self.encode_ordinary("1")
+        dressed = tokenizer("1").input_ids
+        starts = [i for i in range(len(dressed)) if dressed[i:i + len(plain)] == plain]
+        self.opening = dressed[:starts[0]] if starts else []    # what it puts before a text
+
+def tokenizer_of(base, data):
+    """The checkpoint's own tokenizer if it has one, else the toy's."""
+    files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+    if base and any((Path(base) / name).exists() for name in files):
+        return CheckpointTokenizer(base)
+    return load_tokenizer(data if Path(data).is_dir() else DATA)
+
+# ---- problems: every token sequence is opening, prompt, completion, end token --------------------
+
+def read_problems(path, answers=True):
+    """[{"prompt", "completion", "answer" (a must if `answers`), "line"}] of a JSON-lines file.
+    ValueError names the file and the line."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{path} cannot be read: {e}") from None
+    problems = []
+    cut = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            p = json.loads(line)
+            whole = {key: whole_text(p[key]) for key in ("prompt", "completion")}
+            cut += [number] if whole != {key: p[key] for key in whole} else []
+            answer = p["answer"] if answers else p.get("answer", 0)
+            refuse(type(answer) not in (int, float), "answer must be a number")
+            problems.append({**p, **whole, "line": number})
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+            raise ValueError(f"{path}, line {number}: no problem with prompt, completion and "
+                             f"answer ({e}).") from None
+    refuse(not problems, f"{path} holds no problem.")
+    if cut and os.environ.get("RANK", "0") == "0":      # one of torchrun's ranks
+        print(f"{path}, line {cut[0]}: half a character (a cut emoji) is read as U+FFFD; so in "
+              f"{len(cut)} lines.", file=sys.stderr)
+    return problems
+
+def whole_text(text):
+    """The text with the half of a character that was cut, as emoji are in JSON, replaced."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+def read_splits(data):
+    """{"train", "val", "test": problems} of a folder, or of one file, where a tenth of the lines,
+    drawn always alike, is kept for test and a tenth for validation."""
+    if data.is_dir():
+        return {split: read_problems(data / f"{split}.jsonl") for split in SPLITS}
+    problems = read_problems(data, answers=False)
+    refuse(len(problems) < 10, f"{data} holds {len(problems)} problems: at least 10 are needed.")
+    order = np.random.default_rng(0).permutation(len(problems))
+    parts = np.split(order, [len(order) // 10, len(order) // 10 * 2])
+    names = ("test", "val", "train")
+    return {split: [problems[i] for i in part] for split, part in zip(names, parts)}
+
+def encode_prompt(tokenizer, prompt):
+    """Token ids, at least one: what opens a text (the toy's: <|endoftext|>), if the prompt does
+    not begin with it, and the prompt."""
+    opening = getattr(tokenizer, "opening", [tokenizer.eot_token])
+    ids = tokenizer.encode_ordinary(prompt)
+    if ids[:len(opening)] != opening:
+        ids = [*opening, *ids]
+    return ids or [tokenizer.eot_token]
+
+def encode_problem(tokenizer, problem):
+    """(token ids, number of prompt tokens)."""
+    prompt = encode_prompt(tokenizer, problem["prompt"])
+    completion = tokenizer.encode_ordinary(problem["completion"])
+    end = [] if completion[-1:] == [tokenizer.eot_token] else [tokenizer.eot_token]
+    return [*prompt, *completion, *end], len(prompt)
+
+# ---- texts ---------------------------------------------------------------------------------------
+
+def encode_text(tokenizer, path):
+    """The documents (lines) of a text file as one list of token ids, <|endoftext|> around each."""
+    lines = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    documents = tokenizer.encode_ordinary_batch(lines)
+    return [i for ids in documents for i in (tokenizer.eot_token, *ids)] + [tokenizer.eot_token]
+
+def text_windows(tokenizer, path):
+    """A text file in consecutive windows of 129 tokens, (N, 129). ValueError if it has none."""
+    ids = torch.tensor(encode_text(tokenizer, path))
+    refuse(len(ids) < 129, f"{path} has {len(ids)} tokens: at least 129 are needed.")
+    return ids[:len(ids) // 129 * 129].view(-1, 129)
+
+# ---- answers -------------------------------------------------------------------------------------
+
+NUMBER = r"(?<![\w.])-?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
+
+def final_answer(text, mark="The answer is"):
+    """The number right after the mark, the last one without a mark, or None."""
+    if mark:
+        numbers = re.findall(rf"^[\s:=]*({NUMBER})", text.partition(mark)[2])
+    else:
+        numbers = re.findall(NUMBER, text)
+    return Decimal(re.sub("[$,]", "", numbers[-1])) if numbers else None
+
+def is_right(problem, completion):
+    """Whether the final number is the answer, found as the given completion shows it: after "The
+    answer is" (the toy), after "####", or last. Without an answer the text must be the given."""
+    given = problem["completion"]
+    if "answer" not in problem:
+        return completion.strip() == given.strip()
+    mark = next((m for m in ("The answer is", "####") if m in given), "")
+    return final_answer(completion, mark) == Decimal(str(problem["answer"]))
