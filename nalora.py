@@ -883,7 +883,7 @@ class Observer:
     def before_act(self, act, inputs):
         """Forward pre-hook of the activation: is its input the gate's output as it is?"""
         if self.pending is None:
-            self.early = True
+            self.early = self.early or act.training and inputs[0].requires_grad
             return
         output, hook, token_mask, start = self.pending
         self.pending = None

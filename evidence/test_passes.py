@@ -223,3 +223,72 @@ def test_activations_that_work_in_place_are_observed():
             take_step(model, opt, i)
         states.append({**state_of(tool), **snapshot(model)})
     assert equal(*states)
+
+
+def ends_alike(make, exactly=True):
+    """make(False) and make(True) give (model, optimizer, NALoRA) that know the same."""
+    a, b = (state_of(make(case)[2]) for case in (False, True))
+    if exactly:
+        assert equal(a, b)
+    for key in a:
+        torch.testing.assert_close(a[key], b[key])
+
+
+def test_passes_that_are_never_trained_on_do_not_count_in_the_next_step():
+    def run(extra):
+        model, opt, tool = start(NALoRAConfig(stride=7), checkpointed(lora_llama(), True))
+        model(*batch(0))[1].backward()
+        if extra:
+            model(*batch(9))
+        opt.step()
+        opt.zero_grad()
+        take_step(model, opt, 1)
+        return model, opt, tool
+
+    ends_alike(run)
+
+
+def test_tokens_are_numbered_on_after_recomputation():
+    def run(again):
+        model = checkpointed(lora_llama(), True) if again else lora_llama()
+        model, opt, tool = start(NALoRAConfig(stride=7), model)
+        (model(*batch(0))[1] + model(*batch(1))[1]).backward()
+        take_step(model, opt, 2)
+        return model, opt, tool
+
+    ends_alike(run, exactly=False)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_checkpoints_may_be_nested(depth):
+    def run(again):
+        model = lora_llama()
+        for _ in range(depth * again):
+            model = checkpointed(model, True)
+        model, opt, tool = start(NALoRAConfig(stride=3), model)
+        take_step(model, opt, 0)
+        return model, opt, tool
+
+    ends_alike(run, exactly=False)
+
+
+def test_a_microbatch_whose_gradients_were_clipped_counts():
+    def run(clipped):
+        model, opt, tool = start(NALoRAConfig(stride=1))
+        model(*batch(0))[1].backward()
+        if clipped:
+            nn.utils.clip_grad_norm_(lora_parameters(model), 1e-3)
+        take_step(model, opt, 1)
+        return model, opt, tool
+
+    ends_alike(run)
+
+
+def test_a_microbatch_whose_gradients_are_all_zero_counts():
+    def run(weight):
+        model, opt, tool = start(NALoRAConfig(stride=1))
+        (model(*batch(0))[1] * weight).backward()
+        take_step(model, opt, 1)
+        return model, opt, tool
+
+    ends_alike(run)
