@@ -26,7 +26,7 @@ THE ALGORITHM. Each FFN has F gate channels and LoRA pairs (A, B) on gate, up an
 keep 0.5, ema 0.9, stride 17. z is what the activation receives, with LoRA's update in it.
 
     start    importance I = 0, mask = every row, scale = 1, n = 0 steps
-    forward  Number the tokens i = 0, 1, ... since the last step: row by row, padding too, on
+    forward  Number a rank's tokens i = 0, 1, ... since the last step: row by row, padding too, on
              across microbatches. Token i has weight w = 1 if i mod stride = n mod stride and it
              is no padding, else 0. Add up over tokens, P, Q and G over channels, too:
                  N = sum w   S_c = sum w |phi'(z_c)|   P = sum w z phi'(z) phi(z)
@@ -34,7 +34,7 @@ keep 0.5, ema 0.9, stride 17. z is what the activation receives, with LoRA's upd
              Microbatches and ranks add up; one whose sums are not finite adds nothing.
     step     before = A, B;  optimizer.step();  after = A, B.  If N > 0:
                  I     = blend(S / N, I, ema)
-                 mask  = the ceil(keep F - 1e-9), at least 1, of largest I, lower index first
+                 mask  = the max(1, ceil(keep F - 1e-9)) channels of largest I, lower index first
                  k_hat = P / Q, or 1 if Q = 0;  p = G / (N F)
                  scale = 1 / clip(k_hat, 1/2, 2) if min(p, 1 - p) >= 0.05, else 1
              If N = 0 all of these stay. Either way n = n + 1, and
@@ -50,9 +50,11 @@ Why the step, not the gradient? Momentum and weight decay move a row whose gradi
 put back after the step are exact, and Adam's moments keep seeing true gradients.
 Why 1 / k_hat? k_hat is the mean of kappa weighted by phi^2: gates that grow by 1 % let phi grow by
 k_hat %, so dividing makes equal steps count equally. kappa of SiLU and GELU stays below 1.3, and so
-does k_hat: the scale runs from 0.77 to 2. k_hat < 0 says that the response is reversed; 2 is a
-choice there. The scale jumps where p crosses 5 %: one regime alone is no partition.
+does k_hat: the scale runs from 0.77 to 2. A negative k_hat (the response is reversed) is clipped,
+too, so that the scale is 2: a choice. Where nearly all gates are on one side of 0 there are no two
+regimes to speak of, and the scale is 1; it jumps where p crosses 5 %.
 Why is I averaged over steps and k_hat not? The mask shall not flicker; the scale follows the batch.
+Why every 17th token? It costs little, and moving on by one at each step misses no place for long.
 Which settings are LoRA bit for bit? Scale off, together with mask off or keep = 1.
 
 GLOSSARY: name in the code, symbol, meaning
@@ -197,7 +199,8 @@ class NALoRA:
     optimizer: one, or a list of those that step together. gate: name or names of the linear layer
     in front of an activation ("fc1", "mlp.c_fc"); one that holds gate and up at once will do. act:
     the activation of FFNs that have none as attribute. Make it before the first compiled call.
-    With padded batches set `token_mask` (batch, seq), nonzero for real tokens, before each pass.
+    With padded batches set `token_mask` (batch, seq), nonzero for real tokens, before each pass; in
+    an encoder-decoder it is the encoder's.
     ValueError if no gate carries LoRA, or the optimizers lack it, keep copies or are steered."""
 
     def __init__(self, model, optimizer, config=None, gate=GATES, act=None):
@@ -208,7 +211,7 @@ class NALoRA:
         self._before = None
         self._steps = 0
         self._handles = []
-        if rank() == 0:
+        if this_rank() == 0:
             print(self)
         if self.config.mask == self.config.scale == "none":
             return  # plain LoRA
@@ -432,16 +435,16 @@ def rotate(x, cos, sin):
     a, b = x.chunk(2, dim=-1)
     return x * cos.to(x.dtype) + torch.cat((-b, a), dim=-1) * sin.to(x.dtype)
 
-linear = partial(nn.Linear, bias=False)
+no_bias = partial(nn.Linear, bias=False)
 
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.head_dim = c.head_dim
-        self.q_proj = linear(c.hidden_size, c.num_attention_heads * c.head_dim)
-        self.k_proj = linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
-        self.v_proj = linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
-        self.o_proj = linear(c.num_attention_heads * c.head_dim, c.hidden_size)
+        self.q_proj = no_bias(c.hidden_size, c.num_attention_heads * c.head_dim)
+        self.k_proj = no_bias(c.hidden_size, c.num_key_value_heads * c.head_dim)
+        self.v_proj = no_bias(c.hidden_size, c.num_key_value_heads * c.head_dim)
+        self.o_proj = no_bias(c.num_attention_heads * c.head_dim, c.hidden_size)
 
     def forward(self, x, cos, sin, cache):  # (B, T, hidden)
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -457,9 +460,9 @@ class Attention(nn.Module):
 class GatedFFN(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.gate_proj = linear(c.hidden_size, c.intermediate_size)
-        self.up_proj = linear(c.hidden_size, c.intermediate_size)
-        self.down_proj = linear(c.intermediate_size, c.hidden_size)
+        self.gate_proj = no_bias(c.hidden_size, c.intermediate_size)
+        self.up_proj = no_bias(c.hidden_size, c.intermediate_size)
+        self.down_proj = no_bias(c.intermediate_size, c.hidden_size)
         self.act_fn = ACTIVATIONS[c.hidden_act]
 
     def forward(self, x):  # (B, T, hidden)
@@ -487,7 +490,7 @@ class Llama(nn.Module):
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.model.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.lm_head = linear(config.hidden_size, config.vocab_size)
+        self.lm_head = no_bias(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         for p in self.parameters():
@@ -566,7 +569,7 @@ class Llama(nn.Module):
                   **asdict(self.config), "torch_dtype": stored}
         write_files(directory, {"model.safetensors": weights, "config.json": config})
 
-# ---- Part III: wiring and files. First what the idea speaks of; training does not call it --------
+# ---- Part III: wiring and files; skip it on first reading ----------------------------------------
 
 def selection_weight(act, z):
     """rho(z) = phi(z) / z, shaped like z; at 0 its limit phi'(0)."""
@@ -584,6 +587,8 @@ def effective_homogeneity(act, z):
     z = z.reshape(-1, z.size(-1))
     return observe(act, z, z.new_ones(len(z))).k_hat()
 
+# -- small helpers ---------------------------------------------------------------------------------
+
 def refuse(wrong, message):
     if wrong:
         raise ValueError(message)
@@ -599,6 +604,8 @@ def choose(condition, yes, no):
 
 def shapes(tensors):
     return {name: tuple(t.shape) for name, t in tensors.items()}
+
+# -- which FFNs are steered, and by which optimizer ------------------------------------------------
 
 class Stack:
     """FFNs of one width, device and activation; their states stand stacked."""
@@ -693,8 +700,8 @@ def stack_ffns(model, gate, act):
     plain = Counter(name.split(".")[-1] for name, m in modules.items()
                     if hasattr(m, "lora_A") and name.rpartition(".")[0] not in names)
     rest = ", ".join(f"{count} {name}" for name, count in plain.items())
-    return stacks, (f"NALoRA steers {len(names)} of {len(matches)} FFNs; plain LoRA on "
-                    f"{rest or 'nothing else'}.")
+    return stacks, (f"NALoRA steers {len(names)} of {len(matches)} FFNs; "
+                    f"{f'plain LoRA on {rest}' if rest else 'no other LoRA'}.")
 
 def why_none(modules, gate, matches, unknown):
     """The sentence that says why no FFN can be steered, and what to do."""
@@ -779,6 +786,8 @@ def steered_by(optimizers, stacks):
            "or give a list of all that step together.")
     return {o: [entry for entry in steered if id(entry[0]) in held[o]] for o in optimizers}
 
+# -- several ranks, and checkpoints ----------------------------------------------------------------
+
 def placements(p):
     return getattr(p, "placements", ())
 
@@ -803,7 +812,7 @@ def check_state(saved, here):
 def distributed():
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
-def rank():
+def this_rank():
     return torch.distributed.get_rank() if distributed() else 0
 
 def warn_of_nothing(stacks, token_mask):
@@ -835,6 +844,8 @@ def keep_in_checkpoints(tool, optimizer):
     tool._handles += [optimizer.register_state_dict_post_hook(save),
                       optimizer.register_load_state_dict_post_hook(load)]
     load(optimizer)
+
+# -- hooks: which passes count, and what goes past NALoRA ------------------------------------------
 
 def in_backward():
     return torch._C._current_graph_task_id() != -1
@@ -1043,6 +1054,8 @@ def NALoRACallback(config=None, gate=GATES, act=None):
 
     return Callback()
 
+# -- LoRA in a model, under the model's own names --------------------------------------------------
+
 def inject_lora(model, targets, rank=8, alpha=16):
     """Puts a LoRALinear in the place of every nn.Linear that `targets` name, freezes all else and
     returns their module names. targets: module names, whole or from a dot on ("mlp.gate_proj").
@@ -1141,6 +1154,8 @@ def refuse_shared(model, layers):
     for name, layer in layers.items():
         refuse(places[id(layer)] > 1, f"{name} stands at several places of the model: a change of "
                "one would change all, and an adapter names one.")
+
+# -- files -----------------------------------------------------------------------------------------
 
 def save_adapter(model, directory, base_model=None, settings=None):
     """Writes adapter_model.safetensors and adapter_config.json as PEFT does, and nalora.json.

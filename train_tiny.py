@@ -519,8 +519,8 @@ def sample(out, prompt):
     """Prints completions by the trained model in `out`, of the prompt or of three test problems."""
     saved = read_json(out / "config.json") if (out / "config.json").exists() else {}
     known = {f.name for f in fields(Config)}
-    refuse(saved.get("method") not in METHODS or not known <= set(saved),
-           f"{out} holds no run of this program: train one first, or name its folder with --out.")
+    refuse(saved.get("method") not in METHODS or not known <= set(saved), f"{out} holds no run of "
+           f"this program: train one first, or name its folder with --out (such as {out}/nalora).")
     refuse(not (out / "summary.json").exists(),
            f"The run in {out} is not finished: run its command again with --resume.")
     c = Config(**{name: saved[name] for name in known})
@@ -548,8 +548,9 @@ def run_all(args):
     """full, lora and nalora on the same batches, and one table of the three."""
     summaries = {}
     configs = {method: resolve(args, method) for method in ("full", "lora", "nalora")}
-    for c in configs.values():
-        set_up(c)                           # all three are checked before the first one trains
+    with contextlib.redirect_stdout(io.StringIO()):
+        for c in configs.values():
+            set_up(c)                       # all three are checked before the first one trains
     for method, c in configs.items():
         print(f"\n=== {method} ===")
         summaries[method] = execute(c, args.out / method, args.resume)
@@ -567,7 +568,7 @@ def run_all(args):
 def cell(value):
     if value is None:
         return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
 
 # ---- figures -------------------------------------------------------------------------------------
 
@@ -726,8 +727,9 @@ def main(argv=None):
             print(f"train_tiny.py: {hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\nInterrupted. What was trained up to the last checkpoint is safe in {args.out}: "
-              "run the same command with --resume to go on.", file=sys.stderr)
+        print(f"\nInterrupted. What {args.out} holds is safe: run the same command with --resume "
+              "to go on from the last record, or from the start if there was none.",
+              file=sys.stderr)
         return 130
     return 0
 

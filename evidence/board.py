@@ -72,6 +72,7 @@ def draw_board(path):
     def adapted(x, y, name, rows):
         """A frozen weight with its pair A, B; rows: the colour of each row of B."""
         box(x, y, 1.7, 2.2, grey, f"$W_{{{name}}}$")
+        ax.text(x + 1.85, y + 1.75, "+", ha="center", va="center")
         box(x + 2.0, y + 1.5, 1.1, 0.5, blue, "")
         ax.text(x + 2.55, y + 1.75, "A", ha="center", va="center", color="white")
         for i, colour in enumerate(rows):
@@ -96,18 +97,19 @@ def draw_board(path):
     arrow((17.3, 5.0), (18.9, 5.0))
     ax.text(19.3, 5.0, "y", ha="center", va="center", fontsize=14)
     ax.text(
-        10.0, 9.6, "1  Watch: mean |φ'(z)| of each channel, smoothed over steps",
+        10.6, 8.0, "1  Watch: mean |φ'(z)| of each channel,\n    smoothed over steps",
         color=orange, ha="left", va="center",
     )
-    arrow((9.9, 9.4), (9.0, 8.2), orange, "--")
+    arrow((10.5, 7.9), (9.7, 7.7), orange, "--")
     ax.text(
-        10.0, 8.8, "2  Only rows of B of responsive channels move (blue);\n"
+        7.1, 9.5, "2  Only rows of B of responsive channels move (blue);\n"
         "    the others are put back after optimizer.step()", color=orange, ha="left", va="center",
     )
-    arrow((9.9, 8.75), (6.15, 8.0), orange, "--")
+    arrow((7.0, 9.4), (6.05, 8.4), orange, "--")
     ax.text(
-        4.0, 0.7, "3  One number per FFN, k̂ (the φ²-weighted mean of κ = zφ'/φ): "
-        "all six A and B take the step × 1/k̂", color=orange, ha="left", va="center",
+        2.4, 0.7, "3  One number per FFN, k̂ (the φ²-weighted mean of κ = zφ'/φ): "
+        "all six A and B take the step × 1/k̂, with k̂ clipped to [1/2, 2]",
+        color=orange, ha="left", va="center",
     )
     legend = "grey: frozen or put back\nblue: trained"
     ax.text(0.2, 9.4, legend, ha="left", va="center", color="0.3")

@@ -302,9 +302,12 @@ def report(rows):
         groups = {}
         for name, row in rows.items():
             if row["outcome"] == outcome:
-                short = re.sub("(ForCausalLM|LMHeadModel|ForConditionalGeneration)$", "", name)
+                short = re.sub(
+                    "(For(CausalLM|ConditionalGeneration)|(Model)?(With)?LMHead(Model)?)$", "", name
+                )
                 how = row["how"] or ("PEFT, all linear layers" if outcome == "steered" else "")
-                groups.setdefault(reason(row["said"]) or how, []).append(short)
+                names = groups.setdefault(reason(row["said"]) or how, [])
+                names.append(f"{short} (multimodal)" if short in names else short)
         count = sum(map(len, groups.values()))
         for how, names in sorted(groups.items(), key=lambda group: -len(group[1])):
             lines.append(f"| {title} ({count}) | {how} | {len(names)}: {', '.join(names)} |")

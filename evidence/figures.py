@@ -16,6 +16,7 @@ from evidence.paired import (
 )
 from train_tiny import COLOURS, new_figure, save_figure
 
+README_MASKS = ("lora", "nalora-mask", "shuffled-mask", "random-mask", "redrawn-mask")
 ALL_VALUES = {"train-size": "all", "targets": "all linear"}  # what a sweep's empty value means
 STYLES = {
     "lora": ("#000000", "o"),
@@ -314,15 +315,10 @@ def draw_differences(comparison, path):
     save_figure(figure, path)
 
 
-def draw_sweeps(comparisons, path):
-    """Sweeps side by side: validation loss against the value of each, a curve per method with a
-    band of one standard deviation over seeds, and M where a full fine-tuning tells it."""
-    panels = [
-        (c, column)
-        for column in ("val_loss", "misalignment")
-        for c in comparisons
-        if any(row.get(column) for row in c["rows"])
-    ]
+def draw_sweeps(comparisons, path, columns=("val_loss", "misalignment"), only=None):
+    """Sweeps side by side: validation loss against the value of each, a curve per method (`only`
+    some) with a band of one standard deviation over seeds, and M where it is known."""
+    panels = [(c, k) for k in columns for c in comparisons if any(row.get(k) for row in c["rows"])]
     if panels:
         rows = 1 + (len(panels) > 3)
         columns = math.ceil(len(panels) / rows)
@@ -330,9 +326,8 @@ def draw_sweeps(comparisons, path):
             columns, width=3.6 * columns + 1.5 * (columns == 1), height=3.2 * rows + 0.9, rows=rows
         )
         axes, handles = np.ravel(axes), {}
-        look = styles(
-            dict.fromkeys(v["spec"] for c in comparisons for v in c["variants"].values())
-        )  # one for all panels
+        specs = dict.fromkeys(v["spec"] for c in comparisons for v in c["variants"].values())
+        look = {k: style for k, style in styles(specs).items() if only is None or k in only}
         for ax in axes[len(panels) :]:
             ax.remove()
         for ax, (comparison, column) in zip(axes, panels):
@@ -355,16 +350,15 @@ def draw_curves(ax, comparison, look, column="val_loss"):
     ticks = [
         re.sub(r"(,.*|^.*?=)", "", value) or ALL_VALUES[comparison["sweep"]] for value in values
     ]
-    for i, method in enumerate(dict.fromkeys(v["spec"] for v in comparison["variants"].values())):
+    specs = dict.fromkeys(v["spec"] for v in comparison["variants"].values())
+    for i, method in enumerate(spec for spec in specs if spec in look):
         colour, marker = look[method]
         labels = [label for label, v in comparison["variants"].items() if v["spec"] == method]
         seen = [list(by_seed(comparison, label, column).values()) for label in labels]
         if not any(map(any, seen)):  # not measured, or the reference itself, whose M is 0
             continue
-        means, deviations = (
-            np.array([np.mean(x) for x in seen]),
-            np.array([np.std(x, ddof=1) if len(x) > 1 else 0 for x in seen]),
-        )
+        means = np.array([np.mean(x) for x in seen])
+        deviations = np.array([np.std(x, ddof=1) if len(x) > 1 else 0 for x in seen])
         if comparison["variants"][labels[0]]["value"] is None:
             ax.axhline(means[0], linestyle="--", color=colour, label=in_words(method))
             ax.axhspan(
@@ -401,7 +395,7 @@ def draw_curves(ax, comparison, look, column="val_loss"):
             )
     ax.set_xticks(range(len(values)), ticks)
     ax.set(
-        xlabel=comparison["sweep"],
+        xlabel={"keep": "share of rows that move"}.get(comparison["sweep"], comparison["sweep"]),
         ylabel="misalignment M" if column == "misalignment" else "validation loss (nats per token)",
     )
     if len(values) == 1:

@@ -131,6 +131,13 @@ def test_the_figure_of_a_sweep(monkeypatch):
     ]
     np.testing.assert_allclose(line.get_ydata(), expected)
     lines = [line for line in ax.get_lines() if len(line.get_xdata()) == 4]
+    few = figure_of(
+        monkeypatch,
+        lambda path: figures.draw_sweeps([sweep], path, ["val_loss"], figures.README_MASKS),
+    )
+    (one,) = few.axes  # README's: loss alone
+    labels = {line.get_label() for line in one.get_lines() if line.get_label()[0] != "_"}
+    assert labels == {figures.in_words(method) for method in figures.README_MASKS}
     assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(lines) > 5
 
 

@@ -338,7 +338,7 @@ def test_what_is_said_once_or_by_one(monkeypatch, capsys):
         model(*batch(1))
     assert len([w for w in found if "Other adapters" in str(w.message)]) == 1
     capsys.readouterr()
-    monkeypatch.setattr(nalora, "rank", lambda: 1)
+    monkeypatch.setattr(nalora, "this_rank", lambda: 1)
     start(NALoRAConfig())
     assert capsys.readouterr().out == ""
 
