@@ -51,8 +51,8 @@ put back after the step are exact, and Adam's moments keep seeing true gradients
 Why 1 / k_hat? k_hat is the mean of kappa weighted by phi^2: gates that grow by 1 % let phi grow by
 k_hat %, so dividing makes equal steps count equally. kappa of SiLU and GELU stays below 1.3, and so
 does k_hat: the scale runs from 0.77 to 2. A negative k_hat (the response is reversed) is clipped,
-too, so that the scale is 2: a choice. Where nearly all gates are on one side of 0 there are no two
-regimes to speak of, and the scale is 1; it jumps where p crosses 5 %.
+too: the scale is 2, a choice. Where fewer than 5 % of the gates lie on one side of 0 there are no
+two regimes, and the scale jumps to 1.
 Why is I averaged over steps and k_hat not? The mask shall not flicker; the scale follows the batch.
 Why every 17th token? It costs little, and moving on by one at each step misses no place for long.
 Which settings are LoRA bit for bit? Scale off, together with mask off or keep = 1.
@@ -199,8 +199,8 @@ class NALoRA:
     optimizer: one, or a list of those that step together. gate: name or names of the linear layer
     in front of an activation ("fc1", "mlp.c_fc"); one that holds gate and up at once will do. act:
     the activation of FFNs that have none as attribute. Make it before the first compiled call.
-    With padded batches set `token_mask` (batch, seq), nonzero for real tokens, before each pass; in
-    an encoder-decoder it is the encoder's.
+    With padded batches set `token_mask` (batch, seq), nonzero for real tokens (of an encoder-
+    decoder: the encoder's), before each pass. A NALoRA made before on these gates is taken off.
     ValueError if no gate carries LoRA, or the optimizers lack it, keep copies or are steered."""
 
     def __init__(self, model, optimizer, config=None, gate=GATES, act=None):
@@ -208,7 +208,7 @@ class NALoRA:
         self.token_mask = None
         self._stacks, self._said = stack_ffns(model, gate, act)
         self._steered = steered_by(optimizer, self._stacks)  # {optimizer: [(parameter, ...)]}
-        self._before = None
+        self._closure = None  # what the optimizer evaluates within its step, if it does
         self._steps = 0
         self._handles = []
         if this_rank() == 0:
@@ -243,7 +243,6 @@ class NALoRA:
         if i in stack.samples:  # of another microbatch
             self._add_up()
         stack.samples[i] = (sample, weight)
-        stack.trained = True
 
     def _add_up(self):
         """Adds the sums over the samples of one pass to those of the step, a stack at a time."""
@@ -257,6 +256,7 @@ class NALoRA:
     def _before_step(self, optimizer, args, kwargs):
         for observer in self._observers:
             observer.refuse_gate(observer.early and observer.pending)
+        self._closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         self._before = [local(p).clone() for p, *_ in self._steered[optimizer]]
 
     @torch.no_grad()
@@ -651,6 +651,7 @@ class Stack:
         nothing = [t[:0] for t in next(iter(self.samples.values()))]
         samples = [self.samples.get(i, nothing) for i in range(len(self.gates))]
         self.samples = {}
+        self.trained = True
         return [nn.utils.rnn.pad_sequence(t, batch_first=True) for t in zip(*samples)]
 
     def factors(self, rows, scales):
@@ -786,6 +787,14 @@ def steered_by(optimizers, stacks):
            "or give a list of all that step together.")
     return {o: [entry for entry in steered if id(entry[0]) in held[o]] for o in optimizers}
 
+def take_off_others(stacks):
+    """Removes an earlier NALoRA of these gates: of a training that was interrupted, or a notebook's
+    cell that is run again."""
+    for gate in (gate for stack in stacks for gate in stack.gates):
+        for hook in list(gate._forward_hooks.values()):
+            if isinstance(hook, Hook) and hook.call:
+                hook.call.__self__.tool.remove()
+
 # -- several ranks, and checkpoints ----------------------------------------------------------------
 
 def placements(p):
@@ -817,7 +826,8 @@ def this_rank():
 
 def warn_of_nothing(stacks, token_mask):
     if not any(stack.seen for stack in stacks):
-        warnings.warn("NALoRA saw no gate before this step: is the model in train() mode?")
+        warnings.warn("NALoRA saw no gate before this step: is the model in train() mode, not "
+                      "compiled before, and not as a whole under gradient checkpointing?")
     elif not any(stack.trained for stack in stacks):
         warnings.warn("NALoRA saw no backward pass reach a gate before this step: it cannot steer "
                       "an optimizer that steps during backward.")
@@ -866,7 +876,8 @@ class Observer:
             tool._handles.append(stack.acts[i].register_forward_pre_hook(hook))
 
     def forget(self):
-        self.unseen = []  # (token_mask, start, tokens) of passes that backward will compute again
+        self.unseen = []  # (token_mask, start, tokens, last numbers of z) of passes that backward
+                          # will compute again
         self.pending = None  # until the activation comes: (gate's output, hook, token_mask, start)
         self.early = False  # whether the activation came without one
 
@@ -879,7 +890,7 @@ class Observer:
             found = self.recomputed(z)
         elif gate.training and not (getattr(gate, "disable_adapters", False)
                                     or self.tool._watch.no_grad):
-            if self.tool._before is None and self.tool._watch.look(gate):  # not in a step's closure
+            if not self.tool._closure and self.tool._watch.look(gate):
                 self.tool._forget()
             found = self.first_seen(z)
         if found:
@@ -908,16 +919,23 @@ class Observer:
         """(token_mask, number of the first token) of a pass that trains. Under one kind of gradient
         checkpointing it has no gradients yet: then it waits in `unseen` until it is computed again
         during backward, and nothing is returned."""
-        start = self.stack.seen[self.i] + sum(tokens for _, _, tokens in self.unseen)
+        start = self.stack.seen[self.i] + sum(tokens for _, _, tokens, _ in self.unseen)
         if z.requires_grad:
             return self.tool.token_mask, start
-        self.unseen.append((self.tool.token_mask, start, z.shape[:-1].numel()))
+        end = z.detach().flatten()[-8:].clone()
+        self.unseen.append((self.tool.token_mask, start, z.shape[:-1].numel(), end))
 
     def recomputed(self, z):
         """As `first_seen`, of a pass that waited. The other kind of checkpointing had gradients the
         first time, too."""
-        fits = [k for k, (_, _, tokens) in enumerate(self.unseen) if tokens == z.shape[:-1].numel()]
-        return self.unseen.pop(fits[-1])[:2] if fits and z.requires_grad else None
+        if not z.requires_grad:
+            return None
+        tokens = z.shape[:-1].numel()
+        fits = [k for k, waiting in enumerate(self.unseen) if waiting[2] == tokens]
+        if len(fits) > 1:
+            end = z.detach().flatten()[-8:]
+            fits = [k for k in fits if torch.equal(self.unseen[k][3], end)] or fits
+        return self.unseen.pop(fits[-1])[:2] if fits else None
 
     def fitting(self, mask, z):
         """The token mask if it is of gates z. In a model of several towers it is one tower's; in an
@@ -969,29 +987,39 @@ class Hook:
 def note_version(versions, parameter):
     versions[:] = [parameter.grad._version]
 
+def whole_modules(model, stacks):
+    """The modules that hold all gates: the model, and the model in a wrapper such as PEFT's."""
+    gates = {gate for stack in stacks for gate in stack.gates}
+    return [m for m in model.modules() if gates.issubset(m.modules())]
+
 class Watch:
     """Notices what goes past NALoRA: passes under no_grad, steps of others, other adapters,
     gradients thrown away."""
 
     def __init__(self, tool, model):
-        self.gate = tool._stacks[0].gates[0]
+        take_off_others(tool._stacks)
+        self.gate = tool._stacks[-1].gates[-1]  # backward comes to it first
         self.parameter = lora_pairs(self.gate)[0][1]  # B
         self.after_backward = []  # version of its gradient then; no cycle through the hook
         self.rows = None  # some of its rows as they should be at the next pass, if it is a rare one
         self.passes = 0
-        self.no_grad = False  # in a pass of the whole model
+        self.depth = 0  # in how many whole modules a pass is
+        self.no_grad = False  # whether it began without gradients
         self.adapters = self.active()
-        tool._handles += [
-            self.parameter.register_post_accumulate_grad_hook(
-                partial(note_version, self.after_backward)),
-            model.register_forward_pre_hook(Hook(self.begin_pass)),
-            model.register_forward_hook(Hook(self.end_pass), always_call=True)]
+        tool._handles.append(self.parameter.register_post_accumulate_grad_hook(
+            partial(note_version, self.after_backward)))
+        for m in whole_modules(model, tool._stacks):
+            tool._handles += [m.register_forward_pre_hook(Hook(self.begin_pass)),
+                              m.register_forward_hook(Hook(self.end_pass), always_call=True)]
 
-    def begin_pass(self, model, inputs):
-        self.no_grad = not torch.is_grad_enabled()
+    def begin_pass(self, module, inputs):
+        if not self.depth:
+            self.no_grad = not torch.is_grad_enabled()
+        self.depth += 1
 
-    def end_pass(self, model, output):
-        self.no_grad = False
+    def end_pass(self, module, output):
+        self.depth -= 1
+        self.no_grad = self.no_grad and self.depth > 0
 
     def forget(self):
         self.after_backward.clear()
@@ -1000,6 +1028,7 @@ class Watch:
         return list(getattr(self.gate, "active_adapters", []))
 
     def after_step(self):
+        self.depth = 0  # should a pass have been interrupted
         rare = (self.passes + 1).bit_count() == 1
         self.rows = local(self.parameter)[:8].clone() if rare else None
 
@@ -1022,7 +1051,7 @@ class Watch:
         if self.passes.bit_count() > 1:
             return  # the device is waited for at passes 1, 2, 4, 8, ... alone
         now = local(self.parameter)[:8].clone()
-        if self.rows is not None and not torch.equal(self.rows, now):
+        if self.rows is not None and not torch.equal(self.rows.nan_to_num(), now.nan_to_num()):
             warnings.warn("Something else moved the LoRA parameters after NALoRA's step: another "
                           "optimizer, or one that steps copies (ZeRO). Give NALoRA the one whose "
                           "step() moves them, after it has been wrapped.")
@@ -1032,25 +1061,37 @@ def NALoRACallback(config=None, gate=GATES, act=None):
     """A callback for transformers' Trainer and TRL's: `callbacks=[NALoRACallback()]` makes NALoRA
     with the model and the optimizer that they have built, once training begins, and shows it the
     attention mask of each batch. Its state is in the trainer's checkpoints, in optimizer.pt."""
+    from inspect import signature
     from transformers import TrainerCallback
 
     class Callback(TrainerCallback):
-        nalora = None
+        handles = []
 
         def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-            if self.nalora:  # of a training that was interrupted
-                self.on_train_end()
+            before = getattr(getattr(optimizer, "optimizer", optimizer), "nalora", None)
+            if before:  # a training with this optimizer was interrupted
+                before.remove()
+            self.on_train_end()
             self.nalora = NALoRA(model, optimizer, config, gate, act)
-            self.handle = model.register_forward_pre_hook(self.before_pass, with_kwargs=True)
+            if before:
+                self.nalora.load_state_dict(before.state_dict())
+            if self.nalora._handles:
+                self.handles = [m.register_forward_pre_hook(self.before_pass, with_kwargs=True)
+                                for m in whole_modules(model, self.nalora._stacks)]
 
         @torch.compiler.disable
-        def before_pass(self, model, args, kwargs):
-            mask = kwargs.get("attention_mask")
-            self.nalora.token_mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        def before_pass(self, module, args, kwargs):
+            given = signature(module.forward).bind_partial(*args, **kwargs).arguments
+            mask = {**given.get("kwargs", {}), **given}.get("attention_mask")
+            if isinstance(mask, Tensor) and mask.dim() == 2:
+                self.nalora.token_mask = mask
+            elif self.nalora._watch.depth == 1:  # no module around this one had a mask
+                self.nalora.token_mask = None
 
         def on_train_end(self, *args, **kwargs):
-            self.nalora.remove()
-            self.handle.remove()
+            for handle in (*self.handles, getattr(self, "nalora", None)):
+                if handle:
+                    handle.remove()
 
     return Callback()
 

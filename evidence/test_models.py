@@ -251,9 +251,10 @@ def test_interop_trainer_and_its_resume(tmp_path):
 
     class Interrupt(TrainerCallback):
         def on_step_end(self, arguments, state, control, **kwargs):
-            raise KeyboardInterrupt
+            if state.global_step == 4:
+                raise KeyboardInterrupt
 
-    def train(folder, steps, resume=None, method=True, interrupted=False):
+    def train(folder, steps, resume=None, method=True, interrupted=None):
         keep = NALoRACallback(NALoRAConfig(stride=1, keep=0.25))
         arguments = TrainingArguments(
             str(folder),
@@ -279,8 +280,11 @@ def test_interop_trainer_and_its_resume(tmp_path):
             with pytest.raises(KeyboardInterrupt):
                 trainer.train()
             trainer.remove_callback(Interrupt)
-            trainer.model.load_state_dict(weights)
-            trainer.optimizer = None
+            if interrupted == "begins again":
+                trainer.model.load_state_dict(weights)
+                trainer.optimizer = None
+            else:
+                resume = True
         trainer.train(resume_from_checkpoint=resume)
         return snapshot(trainer.model), method and keep.nalora.statistics()
 
@@ -292,7 +296,8 @@ def test_interop_trainer_and_its_resume(tmp_path):
     )
     assert all(x["mask"].sum() == 12 and 0.5 <= x["scale"] <= 2 for x in s.values())
     assert not equal(whole, train(tmp_path / "plain", 6, method=False)[0])
-    assert equal(whole, train(tmp_path / "again", 6, interrupted=True)[0])
+    for how in ("begins again", "goes on"):
+        assert equal(whole, train(tmp_path / how, 6, interrupted=how)[0])
 
 
 def test_interop_accelerate():

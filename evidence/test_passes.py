@@ -292,3 +292,103 @@ def test_a_microbatch_whose_gradients_are_all_zero_counts():
         return model, opt, tool
 
     ends_alike(run)
+
+
+def test_passes_through_an_inner_module_without_gradients_leave_no_trace():
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base_model = lora_llama()
+
+        def forward(self, *args):
+            return self.base_model(*args)
+
+    def run(generates):
+        model, opt, tool = start(NALoRAConfig(stride=3), Wrapper())
+        for i in range(3):
+            if generates:
+                with torch.no_grad():
+                    model.base_model(*batch(9, (2, 6)))
+            take_step(model, opt, i)
+        return model, opt, tool
+
+    ends_alike(run)
+
+
+@pytest.mark.parametrize("trained", ["both", "the first"])
+def test_recomputed_passes_are_recognised_whatever_their_order(trained):
+    def run(again):
+        model = checkpointed(lora_llama(), True) if again else lora_llama()
+        model, opt, tool = start(NALoRAConfig(stride=1, keep=0.25), model)
+        losses = []
+        for i in range(2):
+            tool.token_mask = torch.arange(15).expand(4, 15) < 5 + 6 * i
+            losses.append(model(*batch(i))[1])
+        for loss in losses[: 2 if trained == "both" else 1]:
+            loss.backward()
+        opt.step()
+        return model, opt, tool
+
+    ends_alike(run, exactly=False)
+
+
+@pytest.mark.parametrize("where", ["backward", "step"])
+def test_an_error_that_is_caught_leaves_nothing(where):
+    """As in a loop that goes on after memory did not suffice."""
+
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise RuntimeError("out of memory")
+
+    def run(fails):
+        model, opt, tool = start(NALoRAConfig(stride=1))
+        take_step(model, opt, 0)
+        if fails:
+            norm = model.model.layers[1].input_layernorm
+            handles = [norm.register_forward_hook(lambda m, i, x: Fails.apply(x))]
+            if where == "step":
+                handles.pop().remove()
+                handles = [opt.register_step_pre_hook(lambda *args: 1 / 0)]
+            with pytest.raises((RuntimeError, ZeroDivisionError)):
+                take_step(model, opt, 5)
+            handles.pop().remove()
+            opt.zero_grad()
+        take_step(model, opt, 1)
+        return model, opt, tool
+
+    ends_alike(run)
+
+
+def test_a_new_nalora_takes_the_place_of_an_old_one():
+    """As when a notebook's cell is run again."""
+
+    def run(twice):
+        model, opt, tool = start(NALoRAConfig(stride=1))
+        if twice:
+            take_step(model, opt, 5)
+            model.load_state_dict(start()[0].state_dict())
+            opt = torch.optim.AdamW(lora_parameters(model), lr=1e-2)
+            tool = NALoRA(model, opt, NALoRAConfig(stride=1))
+        for i in range(9):
+            take_step(model, opt, i)
+        return model, opt, tool
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ends_alike(run)
+
+
+def test_parameters_that_are_not_a_number_are_not_those_of_another_optimizer():
+    model, opt, tool = start(NALoRAConfig())
+    take_step(model, opt, 0)
+    for p in lora_parameters(model):
+        p.data.fill_(math.nan)
+    tool._watch.after_step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(*batch(1))

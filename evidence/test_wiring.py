@@ -314,16 +314,52 @@ def test_an_old_nalora_takes_nothing_from_the_new_one():
         NALoRA(model, opt)
 
 
-def test_the_callback_sees_masks_of_tokens_alone_and_leaves_nothing():
+class Asked(nn.Module):
+    """A model called as transformers' are."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = lora_llama()
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.inner(input_ids)
+
+
+class Wrapped(nn.Module):
+    """A model in a wrapper, as PEFT's."""
+
+    def __init__(self):
+        super().__init__()
+        self.base_model = Asked()
+
+    def forward(self, *args, **kwargs):
+        return self.base_model(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [Asked, Wrapped])
+def test_the_callback_sees_masks_of_tokens_alone_and_leaves_nothing(kind):
     pytest.importorskip("transformers")
-    model, opt, _ = start(None)
+    model = kind()
+    opt = sgd(model)
     callback = nalora.NALoRACallback()
     callback.on_train_begin(None, None, None, model=model, optimizer=opt)
-    for mask in (torch.ones(4, 1, 15, 15), {"full": None}, None):
-        callback.before_pass(model, (), {"attention_mask": mask})
-        assert callback.nalora.token_mask is None
+    tokens = batch(0)[0]
+    mask = torch.ones_like(tokens)
+    wide = torch.ones(4, 1, 15, 15)
+    for asked in (model, getattr(model, "base_model", model)):  # also past the wrapper
+        for args, kwargs, seen in [
+            ((tokens, mask), {}, mask),
+            ((tokens,), {"attention_mask": wide}, None),
+            ((tokens,), {"attention_mask": mask}, mask),
+            ((tokens,), {}, None),
+        ]:
+            asked(*args, **kwargs)
+            assert callback.nalora.token_mask is seen
     callback.on_train_end(None, None, None)
-    assert not model._forward_pre_hooks and not hasattr(opt, "nalora")
+    assert not any(m._forward_pre_hooks for m in model.modules()) and not hasattr(opt, "nalora")
+    plain = nalora.NALoRACallback(NALoRAConfig(mask="none", scale="none"))
+    plain.on_train_begin(None, None, None, model=model, optimizer=opt)
+    model(tokens, mask)
 
 
 def test_what_is_said_once_or_by_one(monkeypatch, capsys):
@@ -331,7 +367,7 @@ def test_what_is_said_once_or_by_one(monkeypatch, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         copy.deepcopy(model).eval()(*batch(0))
-    model.model.layers[0].mlp.gate_proj.active_adapters = ["another"]
+    model.model.layers[1].mlp.gate_proj.active_adapters = ["another"]
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         model(*batch(0))
