@@ -876,8 +876,8 @@ class Observer:
             tool._handles.append(stack.acts[i].register_forward_pre_hook(hook))
 
     def forget(self):
-        self.unseen = []  # (token_mask, start, tokens, last numbers of z) of passes that backward
-                          # will compute again
+        # Of passes that backward will compute again: (token_mask, start, tokens, end of z).
+        self.unseen = []
         self.pending = None  # until the activation comes: (gate's output, hook, token_mask, start)
         self.early = False  # whether the activation came without one
 
