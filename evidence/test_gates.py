@@ -13,7 +13,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # pytest may be started anywhere
 
 import nalora
-from nalora import LoRALinear, NALoRA, NALoRAConfig, inject_lora, lora_parameters
+from nalora import LoRALinear, NALoRA, NALoRAConfig, inject_lora, lora_parameters, merge_lora
 from test_nalora import (
     FFN,
     equal,
@@ -354,3 +354,41 @@ def test_lora_put_into_a_model_that_evaluates_evaluates():
     model = small_llama().eval()
     inject_lora(model, FFN, 4, 8)
     assert not any(m.training for m in model.modules())
+
+
+def test_a_layer_at_two_places_is_refused():
+    shared = nn.Linear(8, 8)
+    model = nn.ModuleDict({"a": nn.Sequential(shared), "b": nn.Sequential(shared)})
+    with pytest.raises(ValueError, match="several places"):
+        inject_lora(model, ["a.0"], 2, 4)
+    assert not nalora.has_lora(model) and shared.weight.requires_grad
+    model["b"][0] = nn.Linear(8, 8)
+    inject_lora(model, ["a.0"], 2, 4)
+    model["b"][0] = model["a"][0]
+    with pytest.raises(ValueError, match="several places"):
+        merge_lora(model)
+
+
+def test_code_that_asks_for_weight_and_bias_finds_lora_in_them():
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0)
+    attention = nn.MultiheadAttention(32, 4, batch_first=True)
+    x = torch.randn(2, 5, 32)
+    for model, targets, call in (
+        (encoder, ["linear1", "linear2"], lambda: encoder(x)),
+        (attention, ["out_proj"], lambda: attention(x, x, x)[0]),
+    ):
+        plain = call().detach()
+        inject_lora(model, targets, 4, 8)
+        for p in lora_parameters(model):
+            nn.init.normal_(p, std=0.2)
+        slow = call()  # with gradients: no fast path
+        slow.sum().backward()
+        assert all(p.grad.abs().sum() > 0 for p in lora_parameters(model))
+        with torch.no_grad():
+            fast = model.eval() and call()
+        assert not torch.allclose(fast, plain, atol=1e-3)
+        torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-5)
+        layer = next(iter(nalora.lora_layers(model).values()))
+        assert (layer.in_features, layer.out_features) == layer.base_layer.weight.shape[::-1]
+        assert layer.bias is layer.base_layer.bias
