@@ -166,6 +166,29 @@ def test_the_figures_of_training_alignment_and_homogeneity(monkeypatch):
     )
 
 
+def test_the_figure_of_nalora_at_work(monkeypatch):
+    rng = np.random.default_rng(0)
+    names = ["model.layers.0.mlp", "model.layers.1.mlp"]
+    importance = {name: list(rng.random((5, 12))) for name in names}
+    travel = {method: {name: rng.random(12) for name in names} for method in ("lora", "nalora")}
+    traces = {
+        "lora": {"travel": travel["lora"]},
+        "nalora": {"importance": importance, "travel": travel["nalora"], "steps": 50},
+    }
+    draw = figures.draw_at_work
+    figure = figure_of(monkeypatch, lambda path: draw(traces, 0.25, path))
+    for i, name in enumerate(names):
+        top, bottom = figure.axes[i], figure.axes[2 + i]
+        order = np.argsort(-importance[name][-1])
+        image = top.get_images()[0]
+        np.testing.assert_allclose(image.get_array(), np.array(importance[name])[:, order].T)
+        assert image.get_extent() == [0, 50, 12, 0] and top.get_title() == f"layers.{i}"
+        assert set(top.get_lines()[0].get_ydata()) == {3}  # keep of 12 channels
+        lines = {line.get_label(): line.get_ydata() for line in bottom.get_lines()[1:]}
+        np.testing.assert_allclose(lines["LoRA"], travel["lora"][name][order])
+        np.testing.assert_allclose(lines["NA-LoRA"], travel["nalora"][name][order])
+
+
 # ---- the report and the benchmark ----
 
 
