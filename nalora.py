@@ -766,8 +766,8 @@ def check_config(c):
         refuse(not fit, f"{name} is {getattr(c, name)!r}: NALoRAConfig says what it may be.")
 
 def steered_by(optimizers, stacks):
-    """{optimizer: [(p, stack, i, whether it is B_gate)]} of what trains. ValueError if an optimizer
-    cannot be steered, or holds not what it should."""
+    """{optimizer: [(p, stack, i, whether it is B_gate)]} of what trains; an earlier NALoRA on these
+    gates is taken off. ValueError if an optimizer cannot be steered, or holds not what it should."""
     optimizers = optimizers if isinstance(optimizers, (list, tuple)) else [optimizers]
     optimizers = [getattr(o, "optimizer", o) for o in optimizers]  # in Accelerate's wrapper
     for o in optimizers:
@@ -785,15 +785,11 @@ def steered_by(optimizers, stacks):
     refuse(not {id(p) for p, *_ in steered} <= set().union(*held.values()),
            "The optimizer does not hold the FFNs' LoRA parameters: make it after LoRA is in place, "
            "or give a list of all that step together.")
-    return {o: [entry for entry in steered if id(entry[0]) in held[o]] for o in optimizers}
-
-def take_off_others(stacks):
-    """Removes an earlier NALoRA of these gates: of a training that was interrupted, or a notebook's
-    cell that is run again."""
     for gate in (gate for stack in stacks for gate in stack.gates):
         for hook in list(gate._forward_hooks.values()):
-            if isinstance(hook, Hook) and hook.call:
+            if isinstance(hook, Hook) and hook.call:  # an earlier NALoRA: a notebook's cell run again
                 hook.call.__self__.tool.remove()
+    return {o: [entry for entry in steered if id(entry[0]) in held[o]] for o in optimizers}
 
 # -- several ranks, and checkpoints ----------------------------------------------------------------
 
@@ -997,7 +993,6 @@ class Watch:
     gradients thrown away."""
 
     def __init__(self, tool, model):
-        take_off_others(tool._stacks)
         self.gate = tool._stacks[-1].gates[-1]  # backward comes to it first
         self.parameter = lora_pairs(self.gate)[0][1]  # B
         self.after_backward = []  # version of its gradient then; no cycle through the hook
