@@ -766,8 +766,8 @@ def check_config(c):
         refuse(not fit, f"{name} is {getattr(c, name)!r}: NALoRAConfig says what it may be.")
 
 def steered_by(optimizers, stacks):
-    """{optimizer: [(p, stack, i, whether it is B_gate)]} of what trains; an earlier NALoRA on these
-    gates is taken off. ValueError if an optimizer cannot be steered, or holds not what it should."""
+    """{optimizer: [(p, stack, i, whether it is B_gate)]} of what trains, after an earlier NALoRA on
+    these gates was taken off. ValueError if an optimizer cannot be steered, or lacks parameters."""
     optimizers = optimizers if isinstance(optimizers, (list, tuple)) else [optimizers]
     optimizers = [getattr(o, "optimizer", o) for o in optimizers]  # in Accelerate's wrapper
     for o in optimizers:
@@ -787,7 +787,7 @@ def steered_by(optimizers, stacks):
            "or give a list of all that step together.")
     for gate in (gate for stack in stacks for gate in stack.gates):
         for hook in list(gate._forward_hooks.values()):
-            if isinstance(hook, Hook) and hook.call:  # an earlier NALoRA: a notebook's cell run again
+            if isinstance(hook, Hook) and hook.call:  # such as when a notebook's cell runs again
                 hook.call.__self__.tool.remove()
     return {o: [entry for entry in steered if id(entry[0]) in held[o]] for o in optimizers}
 
