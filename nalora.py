@@ -687,7 +687,7 @@ def stack_ffns(model, gate, act):
         raise ValueError(why_none(modules, gates[0], matches, unknown))
     stacks = [Stack(*group) for group in alike.values()]
     names = [name for stack in stacks for name in stack.names]
-    towers = {re.split(r"\.\d+\.", name)[0] for name in names}
+    towers = {re.split(r"\.\d+(?:\.|$)", f".{name}")[0] for name in names}
     twofold = getattr(getattr(modules[""], "config", None), "is_encoder_decoder", False)
     places = count_places(model)
     for stack in stacks:

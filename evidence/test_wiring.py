@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # pytest may be started anywhere
 
@@ -432,3 +433,15 @@ def test_interop_what_peft_refuses_is_not_written(monkeypatch, tmp_path):
     assert not nalora.peft_reads(small_llama(), FFN)
     with pytest.raises(ValueError, match="PEFT reads these names"):
         save_adapter(lora_llama(), tmp_path)
+
+
+def test_an_adapter_without_one_of_its_tensors_is_refused(tmp_path):
+    save_adapter(lora_llama(), tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    del tensors["base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"]
+    save_file(tensors, path)
+    model = small_llama()
+    with pytest.raises(ValueError, match="does not fit this model"):
+        load_adapter(model, tmp_path)
+    assert not nalora.has_lora(model)

@@ -1,0 +1,223 @@
+"""When NALoRA's hooks count, forget, ask and warn: cases that mutants once survived."""
+
+import copy
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # pytest may be started anywhere
+
+import nalora
+from evidence.test_gates import other_model, other_step
+from evidence.test_passes import checkpointed, ends_alike
+from nalora import NALoRA, NALoRAConfig, lora_parameters
+from test_nalora import (
+    batch,
+    lora_llama,
+    one_thread,  # noqa: F401
+    start,
+    take_step,
+)
+
+
+def sgd(model):
+    return torch.optim.SGD(lora_parameters(model), lr=0.1)
+
+
+def test_a_pass_that_ended_before_its_activation_leaves_no_trace():
+    model = other_model()
+    tool = NALoRA(model, sgd(model))
+    ffn = model.layers[0]
+    ffn.gate_proj(torch.randn(2, 5, 8))  # and then, say, no memory for up_proj
+    other_pass = model.eval().forward(torch.randn(2, 5, 8))
+    assert other_pass.shape == (2, 5, 8) and not tool._stacks[0].samples
+
+
+def test_recomputation_of_the_shorter_of_two_passes_finds_its_own():
+    def run(again):
+        model = checkpointed(lora_llama(), True) if again else lora_llama()
+        model, opt, tool = start(NALoRAConfig(stride=3), model)
+        losses = []
+        for i, shape in enumerate(((4, 9), (4, 14))):
+            tool.token_mask = torch.arange(shape[1]) < 5 + i + torch.arange(4)[:, None]
+            losses.append(model(*batch(i, shape))[1])
+        for loss in losses:  # the first one first
+            loss.backward()
+        opt.step()
+        return model, opt, tool
+
+    ends_alike(run, exactly=False)
+
+
+def test_it_warns_when_another_optimizer_joins_later():
+    model, opt, tool = start(NALoRAConfig())
+    for i in range(6):
+        take_step(model, opt, i)
+    other = torch.optim.SGD(lora_parameters(model), lr=0.1)
+    opt.register_step_post_hook(lambda *_: other.step())
+    take_step(model, opt, 6)
+    with pytest.warns(UserWarning, match="Something else moved the LoRA parameters"):
+        take_step(model, opt, 7)
+
+
+def test_an_ffn_that_a_step_leaves_out_is_no_reason_to_warn():
+    model = nn.Module()
+    model.text, model.vision = other_model().layers, other_model(act=nn.GELU()).layers
+    opt = sgd(model)
+    NALoRA(model.train(), opt)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for evaluated in (False, True):
+            if evaluated:
+                model.vision[0](torch.randn(2, 5, 8))
+            model.text[0](torch.randn(2, 5, 8)).sum().backward()
+            opt.step()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_part_called_by_itself_counts_after_a_pass_under_no_grad(fails):
+    model, opt, tool = start(NALoRAConfig())
+    with torch.no_grad():
+        if fails:
+            with pytest.raises(ValueError, match="exceed the context"):
+                model(*batch(0, (4, 65)))
+        else:
+            model(*batch(0))
+    model.model.layers[0].mlp(torch.randn(2, 5, 32)).sum().backward()
+    assert tool._stacks[0].seen[0] == 10 and 0 in tool._stacks[0].samples
+
+
+def test_a_copy_that_does_not_train_says_nothing():
+    model, opt, tool = start(NALoRAConfig())
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        copy.deepcopy(model).train()(*batch(0))
+
+
+def test_an_activation_left_out_is_forgotten_at_the_step():
+    model = other_model()
+    for layer in model.layers:
+        layer.forward = lambda x, self=layer: (
+            x + self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        )
+    opt = sgd(model)
+    tool = NALoRA(model, opt)
+    other_step(model, 0, opt)
+    model.layers[0].act_fn(torch.randn(2, 5, 12))
+    assert not tool._stacks[0].seen and not tool._stacks[0].samples
+
+
+def test_an_activation_without_gradients_is_no_sign_of_a_wrong_gate():
+    model = other_model()
+    for layer in model.layers:
+        layer.forward = lambda x, self=layer: (
+            x + self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        )
+    opt = sgd(model)
+    NALoRA(model, opt)
+    model.layers[0].act_fn(torch.randn(2, 5, 12))
+    other_step(model, 0, opt)
+
+
+def test_a_fused_layer_may_leave_its_activation_out_in_a_pass():
+    model = other_model("gate first", count=1)
+    opt = sgd(model)
+    tool = NALoRA(model, opt, NALoRAConfig(stride=1))
+    other_step(model, 0, opt)
+    model.layers[0].gate_up_proj(torch.randn(2, 5, 8)).sum().backward()
+    model.forward(torch.randn(2, 5, 8)).sum().backward()
+    opt.step()
+    assert tool.state_dict()["steps"] == 2
+
+
+def in_blocks(layers):
+    """FFNs as most models hold them: each in a block."""
+    blocks = nn.ModuleList(nn.Module() for _ in layers)
+    for block, layer in zip(blocks, layers):
+        block.mlp = layer
+    return blocks
+
+
+def test_a_mask_is_of_one_of_two_towers():
+    model = nn.Module()
+    model.text, model.vision = in_blocks(other_model().layers), in_blocks(other_model().layers)
+    tool = NALoRA(model.train(), sgd(model), NALoRAConfig(stride=1))
+    tool.token_mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 0, 0, 0]])
+    model.text[0].mlp(torch.randn(2, 5, 8)).sum().backward()
+    model.vision[0].mlp(torch.randn(2, 9, 8)).sum().backward()
+    tool._add_up()
+    assert tool._stacks[0].sums.tokens.tolist() == [5, 0, 18, 0]
+
+
+def test_the_token_mask_of_a_decoder_without_encoder_is_its_own():
+    """Such as OPT's, whose layers are called model.decoder.layers."""
+    model = nn.Module()
+    model.decoder = nn.Module()
+    model.decoder.layers = in_blocks(other_model(count=1).layers)
+    tool = NALoRA(model.train(), sgd(model), NALoRAConfig(stride=1))
+    tool.token_mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 0, 0, 0]])
+    model.decoder.layers[0].mlp(torch.randn(2, 5, 8)).sum().backward()
+    tool._add_up()
+    assert tool._stacks[0].sums.tokens.tolist() == [5]
+
+
+@pytest.mark.parametrize("kind", ["one column", "first token"])
+def test_where_the_gate_stands_is_seen_in_any_pass(kind):
+    """Though its first token, or one of its channels at some tokens, takes no part."""
+    model = other_model("gate last", count=1)
+    (layer,) = model.layers
+    tool = NALoRA(model, sgd(model), NALoRAConfig(stride=1))
+
+    def forward(x):
+        u, z = layer.gate_up_proj(x).chunk(2, dim=-1)
+        keep = torch.ones_like(z)
+        if kind == "first token":
+            keep[0, 0] = 0
+        else:
+            keep[0, 1, 3] = 0
+        return layer.down_proj(layer.act_fn(z * keep) * u)
+
+    forward(torch.randn(2, 5, 8)).sum().backward()
+    assert torch.equal(tool._stacks[0].rows, torch.arange(12, 24))
+
+
+def test_which_rows_make_the_gate_is_asked_once(monkeypatch):
+    model = other_model("gate first", count=1)
+    opt = sgd(model)
+    NALoRA(model, opt)
+    other_step(model, 0, opt)
+    monkeypatch.setattr(torch.autograd, "grad", None)
+    with monkeypatch.context() as m:
+        m.setattr(nalora, "value_and_slope", lambda act, z: (act(z), torch.ones_like(z)))
+        other_step(model, 1, opt)
+
+
+def test_the_callback_hands_on_what_it_was_given():
+    pytest.importorskip("transformers")
+    model = other_model()
+    for layer in model.layers:
+        layer.fc1, layer.act_fn = layer.gate_proj, None
+        del layer.gate_proj
+        layer.forward = lambda x, self=layer: (
+            x + self.down_proj(F.silu(self.fc1(x)) * self.up_proj(x))
+        )
+    config = NALoRAConfig(keep=0.25)
+    callback = nalora.NALoRACallback(config, gate="fc1", act=F.silu)
+    for opt in (sgd(model), sgd(model)):  # the first training was interrupted
+        callback.on_train_begin(None, None, None, model=model, optimizer=opt)
+    assert callback.nalora.config is config and len(model._forward_pre_hooks) == 2
+    assert len(model.layers[0].fc1._forward_hooks) == 1
+
+
+def test_a_mask_that_fits_no_ffn_of_the_one_tower_is_refused():
+    """Though its FFNs are called layers.0 and layers.1."""
+    model = other_model()
+    tool = NALoRA(model, sgd(model))
+    tool.token_mask = torch.ones(2, 6)
+    with pytest.raises(ValueError, match=r"token_mask is \(2, 6\)"):
+        model.forward(torch.randn(2, 5, 8))
