@@ -306,7 +306,7 @@ class NALoRA:
                 for name, state in self.state_dict()["ffns"].items()}
 
     def state_dict(self):
-        """{"config", "steps", "ffns": as `statistics`, in tensors}. Take it between steps."""
+        """{"config", "steps", "ffns": as `statistics`}. It is in optimizer.state_dict(), too."""
         ffns = {name: {key: t[i].clone() for key, t in stack.state._asdict().items()}
                 for stack in self._stacks for i, name in enumerate(stack.names)}
         return {"config": asdict(self.config), "steps": self._steps, "ffns": ffns}
@@ -963,7 +963,7 @@ class Observer:
                "the layer that `gate` names: name the one before it.")
 
 class Hook:
-    """A gate's or activation's hook. In a copy of the model it has nothing to call, and says so."""
+    """A hook in the model. In a copy of the model it has nothing to call, and a gate's says so."""
 
     def __init__(self, call=None):
         self.call = call
@@ -1070,9 +1070,10 @@ def NALoRACallback(config=None, gate=GATES, act=None):
             self.nalora = NALoRA(model, optimizer, config, gate, act)
             if before:
                 self.nalora.load_state_dict(before.state_dict())
-            if self.nalora._handles:
-                self.handles = [m.register_forward_pre_hook(self.before_pass, with_kwargs=True)
-                                for m in whole_modules(model, self.nalora._stacks)]
+            self.handles = [self.nalora]
+            if self.nalora._handles:  # else it is plain LoRA
+                self.handles += [m.register_forward_pre_hook(self.before_pass, with_kwargs=True)
+                                 for m in whole_modules(model, self.nalora._stacks)]
 
         @torch.compiler.disable
         def before_pass(self, module, args, kwargs):
@@ -1084,9 +1085,8 @@ def NALoRACallback(config=None, gate=GATES, act=None):
                 self.nalora.token_mask = None
 
         def on_train_end(self, *args, **kwargs):
-            for handle in (*self.handles, getattr(self, "nalora", None)):
-                if handle:
-                    handle.remove()
+            for handle in self.handles:
+                handle.remove()
 
     return Callback()
 

@@ -35,7 +35,6 @@ FFN = ["gate_proj", "up_proj", "down_proj"]
 SMALL = LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
 close = torch.testing.assert_close
-long = pytest.mark.skipif("NALORA_LONG" not in os.environ, reason="long: set NALORA_LONG=1")
 
 @pytest.fixture(autouse=True)
 def one_thread():

@@ -613,7 +613,8 @@ def draw_layers(records, path):
     steps = [r["step"] for r in records]
     names = list(records[0]["layers"])
     titles = {"k_hat": r"effective homogeneity $\hat{k}$", "scale": "step scale",
-              "occupancy": "share of gates z > 0", "turnover": "share of the mask that changed"}
+              "occupancy": "share of gates z > 0",
+              "turnover": "share of the mask changed since the last point"}
     figure, axes = new_figure(2, width=9, height=6, rows=2)
     for ax, (key, title) in zip(axes.flat, titles.items()):
         for i, name in enumerate(names):

@@ -343,7 +343,7 @@ def report(results, readme):
     )  # small ones first
     over_keep = [c for c in comparisons.values() if c["sweep"] == "keep"]
     figures.draw_sweeps(over_keep, results / "keep.png")
-    toys = [c for c in over_keep if "smollm2" not in c["base"]["path"]]
+    toys = [c for c in over_keep if c["base"]["path"] == "data/base"]
     figures.draw_sweeps(toys, results / "masks.png", ["val_loss"], figures.README_MASKS)
     text = with_tables(readme.read_text(encoding="utf-8"), results)
     write_files(readme.parent, {readme.name: text})

@@ -17,15 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # pytest may be
 import train_tiny
 from evidence import compare, measures, paired, peers, report
 from evidence.controls import Config
-from test_nalora import (  # noqa: F401
+from evidence.test_interruptions import long
+from test_nalora import (
     HERE,
-    base,
-    batch,
-    long,
-    one_thread,
-    small_llama,
-    start,
-    tiny_pretraining,
+    base,  # noqa: F401
+    one_thread,  # noqa: F401
+    tiny_pretraining,  # noqa: F401
 )
 
 README = (HERE / "evidence" / "README.md").read_text(encoding="utf-8")

@@ -20,22 +20,22 @@ from nalora import (
     lora_parameters,
     value_and_slope,
 )
-from test_nalora import (  # noqa: F401
+from test_nalora import (
     FFN,
     HERE,
     SIGMOID,
     agrees_with_the_oracle,
-    base,
+    base,  # noqa: F401
     batch,
     equal,
     lora_llama,
-    one_thread,
+    one_thread,  # noqa: F401
     random_run,
     small_llama,
     snapshot,
     start,
     take_step,
-    tiny_pretraining,
+    tiny_pretraining,  # noqa: F401
 )
 
 README = (HERE / "evidence" / "README.md").read_text(encoding="utf-8")

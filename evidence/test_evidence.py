@@ -18,12 +18,11 @@ from nalora import (
     Llama,
     LlamaConfig,
 )
-from test_nalora import (  # noqa: F401
+from test_nalora import (
     HERE,
-    base,
-    one_thread,
-    start,
-    tiny_pretraining,
+    base,  # noqa: F401
+    one_thread,  # noqa: F401
+    tiny_pretraining,  # noqa: F401
 )
 
 RESULTS = HERE / "evidence" / "results"

@@ -20,18 +20,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # pytest may be
 import nalora
 import train_tiny
 from nalora import Llama, LoRALinear, inject_lora, load_adapter, save_adapter
-from test_nalora import (  # noqa: F401
+from test_nalora import (
     FFN,
     HERE,
     arguments,
-    base,
+    base,  # noqa: F401
     batch,
     equal,
     lora_llama,
-    one_thread,
+    one_thread,  # noqa: F401
     result,
     small_llama,
-    tiny_pretraining,
+    tiny_pretraining,  # noqa: F401
     trained_lora,
 )
 

@@ -82,6 +82,14 @@ def other_model(layout="apart", count=2, **settings):
     return model.train()
 
 
+def skip_activations(model):
+    """As a fused kernel does."""
+    for layer in model.layers:
+        layer.forward = lambda x, self=layer: (
+            x + self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        )
+
+
 def other_step(model, seed, *optimizers):
     torch.manual_seed(seed)
     model.forward(torch.randn(2, 5, 8)).square().mean().backward()
@@ -141,10 +149,7 @@ def test_what_the_activation_receives_is_observed(change):
     importance = nalora.value_and_slope(F.silu, seen[0].flatten(0, 1))[1].abs().mean(0) * 0.1
     torch.testing.assert_close(tool.statistics()["layers.1"]["importance"], importance)
     skips = other_model(act=nn.SiLU())
-    for layer in skips.layers:  # as a fused kernel does
-        layer.forward = lambda x, self=layer: (
-            x + self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        )
+    skip_activations(skips)
     opt = torch.optim.SGD(lora_parameters(skips), lr=0.1)
     tool = NALoRA(skips, opt, NALoRAConfig(stride=1))
     gates = []

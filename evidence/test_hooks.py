@@ -13,11 +13,12 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # pytest may be started anywhere
 
 import nalora
-from evidence.test_gates import other_model, other_step
-from evidence.test_passes import checkpointed, ends_alike
+from evidence.test_gates import other_model, other_step, skip_activations
+from evidence.test_passes import checkpointed, ends_alike, state_of
 from nalora import NALoRA, NALoRAConfig, lora_parameters
 from test_nalora import (
     batch,
+    equal,
     lora_llama,
     one_thread,  # noqa: F401
     start,
@@ -101,10 +102,7 @@ def test_a_copy_that_does_not_train_says_nothing():
 
 def test_an_activation_left_out_is_forgotten_at_the_step():
     model = other_model()
-    for layer in model.layers:
-        layer.forward = lambda x, self=layer: (
-            x + self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        )
+    skip_activations(model)
     opt = sgd(model)
     tool = NALoRA(model, opt)
     other_step(model, 0, opt)
@@ -114,10 +112,7 @@ def test_an_activation_left_out_is_forgotten_at_the_step():
 
 def test_an_activation_without_gradients_is_no_sign_of_a_wrong_gate():
     model = other_model()
-    for layer in model.layers:
-        layer.forward = lambda x, self=layer: (
-            x + self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        )
+    skip_activations(model)
     opt = sgd(model)
     NALoRA(model, opt)
     model.layers[0].act_fn(torch.randn(2, 5, 12))
@@ -221,3 +216,15 @@ def test_a_mask_that_fits_no_ffn_of_the_one_tower_is_refused():
     tool.token_mask = torch.ones(2, 6)
     with pytest.raises(ValueError, match=r"token_mask is \(2, 6\)"):
         model.forward(torch.randn(2, 5, 8))
+
+
+def test_a_new_callback_goes_on_where_another_was_interrupted():
+    pytest.importorskip("transformers")
+    model = lora_llama()
+    opt = sgd(model)
+    one, two = nalora.NALoRACallback(), nalora.NALoRACallback()
+    one.on_train_begin(None, None, None, model=model, optimizer=opt)
+    take_step(model, opt, 0)
+    two.on_train_begin(None, None, None, model=model, optimizer=opt)
+    assert opt.nalora is two.nalora and two.nalora.state_dict()["steps"] == 1
+    assert equal(state_of(one.nalora), state_of(two.nalora))

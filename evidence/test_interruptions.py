@@ -19,16 +19,15 @@ import nalora
 import train_tiny
 from evidence.test_files import intact  # noqa: F401
 from evidence.test_setups import free_port
-from test_nalora import (  # noqa: F401
+from test_nalora import (
     HERE,
     arguments,
-    base,
-    long,
-    one_thread,
+    base,  # noqa: F401
+    one_thread,  # noqa: F401
     result,
     stepping,
-    tiny_pretraining,
-    uninterrupted,
+    tiny_pretraining,  # noqa: F401
+    uninterrupted,  # noqa: F401
 )
 
 
@@ -80,6 +79,7 @@ code = train_tiny.main(sys.argv[2:])
 os._exit(code)"""
 
 
+long = pytest.mark.skipif("NALORA_LONG" not in os.environ, reason="long: set NALORA_LONG=1")
 KILLS = int(os.environ.get("NALORA_KILLS", 3))  # 30 before a release
 
 

@@ -11,25 +11,11 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # pytest may be started anywhere
 
 from evidence import measures
-from test_nalora import (  # noqa: F401
-    FFN,
-    HERE,
-    SIGMOID,
-    agrees_with_the_oracle,
-    base,
+from test_nalora import (
     batch,
-    equal,
-    lora_llama,
-    one_thread,
-    random_run,
+    one_thread,  # noqa: F401
     small_llama,
-    snapshot,
-    start,
-    take_step,
-    tiny_pretraining,
 )
-
-README = (HERE / "evidence" / "README.md").read_text(encoding="utf-8")
 
 
 def test_selection_misalignment():

@@ -145,27 +145,11 @@ def test_interop_ffns_without_a_gate_and_fused_ones():
     gpt2 = get_peft_model(
         gpt2, LoraConfig(r=4, target_modules=["mlp.c_fc", "mlp.c_proj"], fan_in_fan_out=True)
     )
-    vision = transformers.CLIPVisionModel(
-        transformers.CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            image_size=16,
-            patch_size=8,
-        )
-    )
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "image_size": 16, "patch_size": 8}
+    vision = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**sizes))
     inject_lora(vision, ["fc1", "fc2"], rank=4, alpha=8)
-    vit = transformers.ViTModel(
-        transformers.ViTConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            image_size=16,
-            patch_size=8,
-        )
-    )
+    vit = transformers.ViTModel(transformers.ViTConfig(**sizes))
     inject_lora(
         vit,
         ["fc1", "fc2"]

@@ -15,14 +15,14 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # pytest may be started anywhere
 
 from evidence import peer_files, peers
-from nalora import ACTIVATIONS, NALoRA, NALoRAConfig, merge_lora, save_adapter
 from evidence.test_files import spoiled
-from test_nalora import (  # noqa: F401
+from nalora import ACTIVATIONS, NALoRA, NALoRAConfig, merge_lora, save_adapter
+from test_nalora import (
     FFN,
     batch,
     equal,
     lora_llama,
-    one_thread,
+    one_thread,  # noqa: F401
     small_llama,
     snapshot,
     take_step,

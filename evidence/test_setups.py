@@ -26,13 +26,13 @@ from nalora import (
     merge_lora,
     save_adapter,
 )
-from test_nalora import one_thread  # noqa: F401
 from test_nalora import (
     FFN,
     HERE,
     batch,
     equal,
     lora_llama,
+    one_thread,  # noqa: F401
     small_llama,
     snapshot,
     start,
