@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 import nalora
 import train_tiny
-from data.problems import final_answer
+from data import problems
 from nalora import (ACTIVATIONS, GateSums, Llama, LlamaConfig, NALoRA, NALoRAConfig, State,
                     correct, decide, effective_homogeneity, homogeneity, importance_mask,
                     inject_lora, load_adapter, lora_parameters, merge_lora, observe, save_adapter,
@@ -1029,11 +1029,11 @@ sys.path.insert(0, str(HERE / "data"))
 
 import make_data  # noqa: E402
 
-TOKENIZER = train_tiny.load_tokenizer()
-SPLITS = {split: train_tiny.read_problems(HERE / "data" / f"{split}.jsonl")
-          for split in train_tiny.SPLITS}
-PROBLEMS = [p for problems in SPLITS.values() for p in problems]
-EQUATIONS = train_tiny.read_problems(HERE / "data" / "arithmetic.jsonl")
+TOKENIZER = problems.load_tokenizer()
+SPLITS = {split: problems.read_problems(HERE / "data" / f"{split}.jsonl")
+          for split in problems.SPLITS}
+PROBLEMS = [p for split in SPLITS.values() for p in split]
+EQUATIONS = problems.read_problems(HERE / "data" / "arithmetic.jsonl")
 TEXT = (HERE / "data" / "pretrain.txt").read_text()
 
 @pytest.mark.parametrize("text", [
@@ -1065,7 +1065,7 @@ def test_every_solution_is_right_and_uses_the_operands():
         for x, sign, y, z in steps:
             assert make_data.evaluate(int(x), sign, int(y)) == int(z)
         assert steps[0][3] in (steps[1][0], steps[1][2])  # the second step uses the first
-        assert final_answer(p["completion"]) == p["answer"] == int(steps[1][3])
+        assert problems.final_answer(p["completion"]) == p["answer"] == int(steps[1][3])
 
 def test_pretraining_text_holds_no_word_problem_and_no_held_out_equation():
     assert not re.search(r"answer is [0-9]", TEXT)
@@ -1096,8 +1096,8 @@ def test_the_committed_base_is_small_and_in_half_precision():
     assert path.stat().st_size < 4e6
     assert {t.dtype for t in load_file(path).values()} == {torch.float16}
     model = Llama.from_pretrained(path.parent)
-    assert train_tiny.arithmetic_accuracy(model, TOKENIZER, EQUATIONS) > 0.95
-    assert train_tiny.exact_match(model, TOKENIZER, SPLITS["test"][:200])[0] <= 0.01
+    assert problems.arithmetic_accuracy(model, TOKENIZER, EQUATIONS) > 0.95
+    assert problems.exact_match(model, TOKENIZER, SPLITS["test"][:200])[0] <= 0.01
 
 # ---- train_tiny.py -------------------------------------------------------------------------------
 
@@ -1114,13 +1114,13 @@ def base(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def tiny_pretraining(monkeypatch):
     small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    encode = train_tiny.encode_text
+    encode = problems.encode_text
 
     def encode_less(tokenizer, path):
         return encode(tokenizer, Path(path).with_name("pretrain_val.txt"))
 
     monkeypatch.setattr(train_tiny, "TINY", {**train_tiny.TINY, **small})
-    monkeypatch.setattr(train_tiny, "encode_text", encode_less)
+    monkeypatch.setattr(problems, "encode_text", encode_less)
 
 def arguments(base, out, method="nalora", *more):
     fine = [] if method == "pretrain" else ["--base", str(base)]
@@ -1365,16 +1365,16 @@ def test_one_file_of_prompts_and_completions(base, tmp_path, capsys):
     path = tmp_path / "mine.jsonl"
     lines = [json.dumps({"prompt": f"{i}-0=", "completion": f"{i}."}) for i in range(40)]
     path.write_text("\n".join(lines))
-    splits = train_tiny.read_splits(path)
+    splits = problems.read_splits(path)
     assert {split: len(p) for split, p in splits.items()} == {"train": 32, "val": 4, "test": 4}
-    problems = [p for split in splits.values() for p in split]
-    assert sorted(p["line"] for p in problems) == list(range(1, 41))
-    assert all(p["prompt"] == f"{p['line'] - 1}-0=" for p in problems)
-    assert splits == train_tiny.read_splits(path)  # drawn always alike
+    rows = [p for split in splits.values() for p in split]
+    assert sorted(p["line"] for p in rows) == list(range(1, 41))
+    assert all(p["prompt"] == f"{p['line'] - 1}-0=" for p in rows)
+    assert splits == problems.read_splits(path)  # drawn always alike
     succeeds([*arguments(base, tmp_path / "run"), "--data", path])
     assert "exact match" in capsys.readouterr().out
-    assert train_tiny.is_right({"completion": "7."}, " 7. ")
-    assert not train_tiny.is_right({"completion": "7."}, "8.")
+    assert problems.is_right({"completion": "7."}, " 7. ")
+    assert not problems.is_right({"completion": "7."}, "8.")
     path.write_text("\n".join(lines[:9]))
     refused(capsys, [*arguments(base, tmp_path / "other"), "--data", path], "at least 10")
 
@@ -1383,8 +1383,8 @@ def test_a_split_is_drawn_and_an_error_names_the_line_of_the_file(base, tmp_path
     rows = [{"prompt": f"{i % 10} {i}", "completion": "x"} for i in range(200)]
     for row_order in (rows, sorted(rows, key=lambda row: row["prompt"])):  # mixed, kind after kind
         path.write_text("\n".join(map(json.dumps, row_order)))
-        kinds = {split: {p["prompt"][0] for p in problems}
-                 for split, problems in train_tiny.read_splits(path).items()}
+        kinds = {split: {p["prompt"][0] for p in part}
+                 for split, part in problems.read_splits(path).items()}
         assert len(kinds["test"]) > 5 and len(kinds["train"]) == 10
     rows[15]["prompt"] *= 300
     path.write_text("\n".join(map(json.dumps, rows)))
@@ -1393,7 +1393,7 @@ def test_a_split_is_drawn_and_an_error_names_the_line_of_the_file(base, tmp_path
 
 def test_a_sample_is_asked_as_training_asked(base, tmp_path, capsys, monkeypatch):
     asked = []
-    answer = train_tiny.solve
+    answer = problems.solve
 
     def solve(model, tokenizer, prompts, max_new_tokens):
         asked.append((prompts, max_new_tokens))
@@ -1405,7 +1405,7 @@ def test_a_sample_is_asked_as_training_asked(base, tmp_path, capsys, monkeypatch
         out = tmp_path / f"run{ord(ending)}"
         (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
         succeeds([*arguments(base, out), "--data", tmp_path / "own.jsonl"])
-        monkeypatch.setattr(train_tiny, "solve", solve)
+        monkeypatch.setattr(problems, "solve", solve)
         succeeds(["--out", out, "--sample", given])
         monkeypatch.undo()
         assert asked.pop() == ([wanted], 41)  # 40 tokens and the end
@@ -1421,7 +1421,7 @@ def test_a_sample_is_asked_as_training_asked(base, tmp_path, capsys, monkeypatch
     ("x", "9007199254740993", 2**53 + 1, True)])
 def test_a_number_is_read_as_the_data_writes_it(given, said, answer, right):
     problem = {"prompt": "?", "completion": given, "answer": answer}
-    assert train_tiny.is_right(problem, said) is right
+    assert problems.is_right(problem, said) is right
 
 def test_without_test_problems_only_the_validation_loss_is_measured(base, tmp_path):
     succeeds([*arguments(base, tmp_path / "run"), "--test-size", "0"])

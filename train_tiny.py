@@ -5,9 +5,11 @@
     python train_tiny.py --method nalora --resume   goes on after an interruption, to the same bits
     python train_tiny.py --sample "Ann has 3 apples. She buys 4. How many apples does Ann have?"
 """
+# To read: settings, methods, the training loop, data, evaluation. Below them is what a run needs
+# besides: checkpoints, figures, the command line.
+
 import argparse
 import contextlib
-import functools
 import hashlib
 import io
 import json
@@ -20,18 +22,17 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle threads sleep soon; set before torch loads
 
-import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from data.problems import (DATA, SPLITS, CheckpointTokenizer, encode_problem, encode_prompt,
-                           encode_text, is_right, load_tokenizer, read_problems, read_splits,
-                           text_windows, tokenizer_of, whole_text)
+from data import problems
+from data.problems import DATA, digest, read_splits, tokenizer_of
 from nalora import (Llama, LlamaConfig, NALoRA, NALoRAConfig, inject_lora, load_adapter,
                     lora_parameters, read_json, refuse, save_adapter, write_files)
 
@@ -39,7 +40,6 @@ RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RAN
 TINY = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
         "tie_word_embeddings": True}
-
 # ---- a run's settings ----------------------------------------------------------------------------
 
 def flag(default, help, **more):
@@ -185,11 +185,11 @@ def set_up(c, methods=METHODS):
     run = SimpleNamespace(config=c, device=torch.device(c.device))
     run.autocast = torch.autocast(c.device, torch.bfloat16, enabled=c.dtype == "bfloat16")
     if c.method == "pretrain":
-        pretraining_data(run)
-        run.model = Llama(LlamaConfig(vocab_size=run.tokenizer.n_vocab, **TINY)).to(run.device)
+        vocab_size = problems.load_tokenizer(c.data).n_vocab
+        run.model = Llama(LlamaConfig(vocab_size=vocab_size, **TINY)).to(run.device)
     else:
         run.model = Llama.from_pretrained(c.base).to(run.device)
-        problem_data(run, run.model.config)
+    problem_data(run)
     run.optimizer = methods[c.method](run.model, c)
     for group in run.optimizer.param_groups:
         group["initial_lr"] = group["lr"]
@@ -197,134 +197,33 @@ def set_up(c, methods=METHODS):
     run.forward = DistributedDataParallel(run.model) if c.ranks > 1 else run.model
     return run
 
-# ---- batches, of what data/problems.py reads -----------------------------------------------------
-
-def collate(encoded, end):
-    """Encoded problems -> tokens, targets (-100 but for the completion), token_mask: (B, T)."""
-    width = max(len(ids) for ids, _ in encoded) - 1
-    tokens = torch.full((len(encoded), width), end)
-    targets = torch.full((len(encoded), width), -100)
-    mask = torch.zeros(len(encoded), width, dtype=torch.bool)
-    for row, (ids, prompt) in enumerate(encoded):
-        tokens[row, :len(ids) - 1] = torch.tensor(ids[:-1])
-        targets[row, prompt - 1:len(ids) - 1] = torch.tensor(ids[prompt:])
-        mask[row, :len(ids) - 1] = True
-    return tokens, targets, mask
-
-def problem_batches(encoded, size, seed, end):
-    """batches(step) -> tokens, targets, token_mask: a function of seed and step alone, so that a
-    resumed run sees the same data. size: of a batch."""
-
-    @functools.lru_cache(1)
-    def order(epoch):
-        """Shuffled problems, sorted by length within runs of eight batches (less padding), the
-        batches shuffled again."""
-        rng = np.random.default_rng([seed, epoch])
-        shuffled = rng.permutation(len(encoded))
-        flat = []
-        for i in range(0, len(shuffled), 8 * size):
-            flat += sorted(shuffled[i:i + 8 * size], key=lambda j: len(encoded[j][0]))
-        count = len(flat) // size
-        return np.array(flat[:count * size]).reshape(count, size)[rng.permutation(count)]
-
-    def batches(step):
-        epoch, position = divmod(step, len(encoded) // size)
-        return collate([encoded[j] for j in order(epoch)[position]], end)
-
-    return batches
-
-def problem_data(run, model_config):
-    """Puts tokenizer, batches, validation, test problems and equations of a data folder or file
-    into the run. ValueError where they do not fit the base model."""
+def problem_data(run):
+    """Puts into the run what data/problems.py reads: tokenizer, batches, validation, problems and
+    equations. ValueError where data and model do not fit together."""
     c = run.config
     data = Path(c.data)
-    run.tokenizer = tokenizer = tokenizer_of(c.base, data)
-    own = isinstance(tokenizer, CheckpointTokenizer)        # such a model may have spare tokens
-    size = model_config.vocab_size
-    refuse(size < tokenizer.n_vocab or not own and size != tokenizer.n_vocab,
-           f"{c.base} has {size} tokens, its tokenizer has {tokenizer.n_vocab}.")
+    model = run.model.config
+    run.tokenizer = tokenizer_of(c.base, data, model.vocab_size)
+    end = run.tokenizer.eot_token
     splits = read_splits(data)
-    encoded = {split: [encode_problem(tokenizer, p) for p in splits[split]] for split in SPLITS}
-    run.max_new = max(MAX_NEW, *(len(ids) - prompt for ids, prompt in encoded["train"]))
-    endings = {p["prompt"][len(p["prompt"].rstrip()):] for p in splits["train"]}
-    run.ending = endings.pop() if len(endings) == 1 else None   # what every prompt ends with
-    most = model_config.max_position_embeddings
-    for split in SPLITS:
-        path = data / f"{split}.jsonl" if data.is_dir() else data
-        for problem, (ids, prompt) in zip(splits[split], encoded[split]):
-            length = prompt + run.max_new if split == "test" else len(ids) - 1
-            refuse(length > most, f"{path}, line {problem['line']}: {length} tokens exceed the "
-                   f"context of {most}: shorten it.")
+    encoded, run.max_new = problems.encode_splits(run.tokenizer, splits, data,
+                                                  model.max_position_embeddings)
     train = encoded["train"][:c.train_size]
     size = min(c.batch_size, len(train))
     refuse(size % c.ranks, f"{size} problems cannot be shared evenly by {c.ranks} ranks.")
-    run.batches = problem_batches(train, size, c.seed, tokenizer.eot_token)
-    val = sorted(encoded["val"], key=lambda e: len(e[0]))
-    run.validation = [collate(val[i:i + 50], tokenizer.eot_token) for i in range(0, len(val), 50)]
-    held_out = data / "arithmetic.jsonl"        # pre-training never saw these equations
-    held_out = held_out if held_out.exists() else DATA / "arithmetic.jsonl"
-    run.equations = read_problems(held_out)[:c.test_size]
+    run.batches = problems.problem_batches(train, size, c.seed, end)
+    run.validation = problems.in_order(encoded["val"], end)
     run.problems = splits["test"][:c.test_size]
-
-def digest(c):
-    """{"data", "base": SHA-256 over the names and contents of its files}."""
-    kinds = (".json", ".jsonl", ".safetensors", ".model", ".tiktoken", ".txt")
-    found = {}
-    for key, place in (("data", Path(c.data)), ("base", Path(c.base or c.data))):
-        total = hashlib.sha256()
-        for path in sorted(place.iterdir()) if place.is_dir() else [place]:
-            if path.is_file() and (path.suffix in kinds or path == place):
-                with open(path, "rb") as file:
-                    content = hashlib.file_digest(file, "sha256").digest()
-                total.update(path.name.encode() + content)
-        found[key] = total.hexdigest()
-    return found
-
-def pretraining_data(run):
-    """As problem_data, for `pretrain`: random windows of 128 tokens of pretrain.txt."""
-    c = run.config
-    problem_data(run, LlamaConfig(vocab_size=load_tokenizer(c.data).n_vocab, **TINY))
-    ids = torch.tensor(encode_text(run.tokenizer, Path(c.data) / "pretrain.txt"))
-
-    def batches(step):
-        rng = np.random.default_rng([c.seed, step])
-        starts = rng.integers(0, len(ids) - 128, c.batch_size)
-        window = torch.stack([ids[i:i + 129] for i in starts])                  # (B, 129)
-        return window[:, :-1], window[:, 1:], torch.ones(c.batch_size, 128, dtype=torch.bool)
-
-    run.batches = batches
-    held_out = text_windows(run.tokenizer, Path(c.data) / "pretrain_val.txt")
-    run.validation = [(held_out[:, :-1], held_out[:, 1:], None)]
+    run.equations = problems.read_equations(data)[:c.test_size]
+    endings = {p["prompt"][len(p["prompt"].rstrip()):] for p in splits["train"]}
+    run.ending = endings.pop() if len(endings) == 1 else None   # what every prompt ends with
+    if c.method == "pretrain":
+        windows = problems.text_windows(run.tokenizer, data / "pretrain_val.txt")       # (N, 129)
+        run.validation = [(windows[:, :-1], windows[:, 1:], None)]
+        run.batches = problems.text_batches(run.tokenizer, data / "pretrain.txt", c.batch_size,
+                                            c.seed)
 
 # ---- evaluation ----------------------------------------------------------------------------------
-
-MAX_NEW = 32                            # tokens of the toy's longest solution, and some
-
-def solve(model, tokenizer, prompts, max_new_tokens=MAX_NEW):
-    """Greedy completions of the prompts, in order. Prompts of equal length share a batch, so none
-    needs padding."""
-    device = next(model.parameters()).device
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    answers = {}
-    for length in dict.fromkeys(map(len, encoded)):
-        rows = [i for i, ids in enumerate(encoded) if len(ids) == length]
-        tokens = torch.tensor([encoded[i] for i in rows], device=device)        # (B, length)
-        out = model.generate(tokens, max_new_tokens, stop=tokenizer.eot_token)
-        for i, ids in zip(rows, out[:, length:].tolist()):
-            end = ids.index(tokenizer.eot_token) if tokenizer.eot_token in ids else None
-            answers[i] = tokenizer.decode(ids[:end])
-    return [answers[i] for i in range(len(prompts))]
-
-def exact_match(model, tokenizer, problems, max_new_tokens=MAX_NEW):
-    """(share of problems solved rightly, the completions)."""
-    completions = solve(model, tokenizer, [p["prompt"] for p in problems], max_new_tokens)
-    return sum(map(is_right, problems, completions)) / len(problems), completions
-
-def arithmetic_accuracy(model, tokenizer, problems):
-    """Share of equations ("12+5=") that the model completes rightly."""
-    completions = solve(model, tokenizer, [p["prompt"] for p in problems], max_new_tokens=4)
-    right = [c.split(".")[0].strip() == str(p["answer"]) for c, p in zip(completions, problems)]
-    return sum(right) / len(problems)
 
 @torch.no_grad()
 def mean_loss(model, batches):
@@ -345,18 +244,27 @@ def validate(run):
     run.model.train()
     return loss
 
+def judge(run):
+    """(share of held-out equations right, share of test problems right, what was answered to the
+    test problems) of the trained model; None where no test problems were asked for."""
+    if not run.problems:
+        return None, None, []
+    run.model.eval()
+    equations = problems.arithmetic_accuracy(run.model, run.tokenizer, run.equations)
+    return equations, *problems.exact_match(run.model, run.tokenizer, run.problems, run.max_new)
+
 # ---- one run: train, keep what is needed to go on, judge, draw -----------------------------------
 
-def train(run, out, state=None):
-    """Trains to the last step; writes checkpoint.pt and metrics.jsonl in `out` at every record.
-    Returns (records, seconds of each step)."""
+def train(run, out, state):
+    """Trains from a checkpoint's {"step", "records"} to the last step; writes checkpoint.pt and
+    metrics.jsonl in `out` at every record. Returns (records, seconds of each step)."""
     c = run.config
     tool = getattr(run.optimizer, "nalora", None)
-    records = state["records"] if state else []
-    first = state["step"] if state else 0
+    records = state["records"]
+    first = state["step"]
     if not first and c.eval_every <= c.steps:
         records.append({"step": 0, "val_loss": validate(run)})
-    before = tool.statistics() if tool and state else None
+    before = tool.statistics() if tool and first else None
     losses = []
     times = []
     start = began = time.perf_counter()
@@ -383,7 +291,6 @@ def train(run, out, state=None):
     if RANK == 0:
         write_files(out, {"metrics.jsonl": json_lines(records)})    # a kill may have come before
     return records, times
-
 def layer_record(now, before):
     """What metrics.jsonl keeps of an FFN's NA-LoRA statistics. density: share of B_gate's rows that
     move; turnover: share of the mask that changed since the last record, None at the first."""
@@ -418,13 +325,11 @@ def json_lines(rows):
     return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
 
 def load_checkpoint(run, out):
-    """Puts the run into the state of its last checkpoint and returns that, or None if there is
-    none. ValueError if the folder holds another run, or the file is damaged."""
+    """Puts the run into the state of its last checkpoint and returns {"step", "records"}; step 0 if
+    there is none. ValueError if the folder holds another run, or the file is damaged."""
     path = out / "checkpoint.pt"
-    if not (out / "config.json").exists():
-        return None
-    saved = read_json(out / "config.json")
     here = json.loads(json.dumps(asdict(run.config)))
+    saved = read_json(out / "config.json") if (out / "config.json").exists() else here
     for key in {**saved, **here}:
         how = "resume it with its own settings, or choose another --out"
         if key == "threads":
@@ -432,15 +337,15 @@ def load_checkpoint(run, out):
                    f"--threads {saved.get(key)}")
         refuse(saved.get(key) != here.get(key), f"{out} holds a run with {key} = "
                f"{saved.get(key)!r}, not {here.get(key)!r}: {how}.")
-    if not path.exists():
-        return None
+    if saved is here or not path.exists():
+        return {"step": 0, "records": []}
     try:
         content = path.read_bytes()
         refuse(hashlib.sha256(content[:-32]).digest() != content[-32:],
                "its content is not what was written")
         state = torch.load(io.BytesIO(content[:-32]), map_location="cpu", weights_only=True)
         refuse(json.loads(json.dumps(state["config"])) != here, "it was made with other settings")
-        for key, now in digest(run.config).items():
+        for key, now in digest(run.config.data, run.config.base).items():
             refuse(state["digest"][key] != now, f"the {key} has changed since")
         parameters = {name: state["model"][name] for name in run.trainable}
         run.optimizer.load_state_dict(state["optimizer"])
@@ -466,9 +371,9 @@ def execute(c, out, resume=False, save=save_results, methods=METHODS):
     written if the run cannot be. save: writes its weights (evidence/ has another)."""
     began = time.perf_counter()
     run = set_up(c, methods)
-    run.digest = digest(c)
-    state = load_checkpoint(run, out) if resume else None
-    if (out / "summary.json").exists() and state:
+    run.digest = digest(c.data, c.base)
+    state = load_checkpoint(run, out) if resume else {"step": 0, "records": []}
+    if (out / "summary.json").exists() and state["step"]:
         print(f"{out} is finished already: {(out / 'summary.json').read_text()}")
         return read_json(out / "summary.json")
     total = sum(p.numel() for p in run.model.parameters())
@@ -479,17 +384,11 @@ def execute(c, out, resume=False, save=save_results, methods=METHODS):
     if c.ranks > 1:
         torch.distributed.barrier()         # all ranks have read before rank 0 writes
     if RANK == 0:
-        out.mkdir(parents=True, exist_ok=True)
         write_files(out, {"config.json": asdict(c)})
     records, times = train(run, out, state)
     if RANK:
         return None
-    run.model.eval()
-    equations = exact = None
-    completions = []
-    if run.problems:                        # --test-size 0 judges by validation loss alone
-        equations = arithmetic_accuracy(run.model, run.tokenizer, run.equations)
-        exact, completions = exact_match(run.model, run.tokenizer, run.problems, run.max_new)
+    equations, exact, completions = judge(run)
     size = save(run, out).stat().st_size
     draw_loss({c.method: records}, out / "loss.png")
     if "layers" in records[-1]:
@@ -506,7 +405,8 @@ def execute(c, out, resume=False, save=save_results, methods=METHODS):
     write_files(out, {"summary.json": summary})
     for problem, completion in zip(run.problems[:3], completions):
         wanted = problem.get("answer", problem["completion"])
-        verdict = "right" if is_right(problem, completion) else f"wrong, {wanted} was asked for"
+        right = problems.is_right(problem, completion)
+        verdict = "right" if right else f"wrong, {wanted} was asked for"
         print(f"\n  {problem['prompt'].strip()}\n  {completion}   [{verdict}]")
     if run.problems:
         print(f"\n{c.method}: exact match {exact:.3f} on {len(run.problems)} test problems, "
@@ -517,40 +417,38 @@ def execute(c, out, resume=False, save=save_results, methods=METHODS):
 
 def sample(out, prompt):
     """Prints completions by the trained model in `out`, of the prompt or of three test problems."""
-    saved = read_json(out / "config.json") if (out / "config.json").exists() else {}
+    saved, summary = (read_json(path) if path.exists() else {}
+                      for path in (out / "config.json", out / "summary.json"))
     known = {f.name for f in fields(Config)}
     refuse(saved.get("method") not in METHODS or not known <= set(saved), f"{out} holds no run of "
            f"this program: train one first, or name its folder with --out (such as {out}/nalora).")
-    refuse(not (out / "summary.json").exists(),
-           f"The run in {out} is not finished: run its command again with --resume.")
+    refuse(not {"prompt_ending", "max_new_tokens", "digest"} <= set(summary), f"The run in {out} "
+           "is not finished, or of another version: run its command again with --resume, or anew.")
     c = Config(**{name: saved[name] for name in known})
-    summary = read_json(out / "summary.json")
-    refuse(not {"prompt_ending", "max_new_tokens", "digest"} <= set(summary),
-           f"The run in {out} is of another version of this program: train it anew.")
     if c.method in ("pretrain", "full"):
         model = Llama.from_pretrained(out / "model")
     else:
-        refuse(digest(c)["base"] != dict(summary["digest"]).get("base"),
+        refuse(digest(c.data, c.base)["base"] != dict(summary["digest"]).get("base"),
                f"{c.base} is not the base model that {out} was trained on: it has changed since.")
         model = Llama.from_pretrained(c.base)
         load_adapter(model, out / "adapter")
-    ending = summary["prompt_ending"]
-    prompt = whole_text(prompt)
-    prompts = [prompt if ending is None else prompt.rstrip() + ending]  # as in training
+    tokenizer = tokenizer_of(c.base, c.data, model.config.vocab_size)
+    prompt = problems.whole_text(prompt)
+    ending = summary["prompt_ending"]       # what every prompt ended with in training
+    prompts = [prompt if ending is None else prompt.rstrip() + ending]
     if not prompt:
         prompts = [p["prompt"] for p in read_splits(Path(c.data))["test"][:3]]
-    completions = solve(model.eval(), tokenizer_of(c.base, c.data), prompts,
-                        summary["max_new_tokens"])
+    completions = problems.solve(model.eval(), tokenizer, prompts, summary["max_new_tokens"])
     for text, completion in zip(prompts, completions):
         print(f"{text.strip()}\n{completion}\n")
 
 def run_all(args):
     """full, lora and nalora on the same batches, and one table of the three."""
-    summaries = {}
     configs = {method: resolve(args, method) for method in ("full", "lora", "nalora")}
     with contextlib.redirect_stdout(io.StringIO()):
         for c in configs.values():
             set_up(c)                       # all three are checked before the first one trains
+    summaries = {}
     for method, c in configs.items():
         print(f"\n=== {method} ===")
         summaries[method] = execute(c, args.out / method, args.resume)
@@ -599,9 +497,8 @@ def draw_loss(runs, path):
     for colour, (label, records) in zip(COLOURS, runs.items()):
         steps = [r["step"] for r in records]
         ax.plot(steps, [r["val_loss"] for r in records], color=colour, label=f"{label}, validation")
-        trained = [(before, b) for before, b in zip([0, *steps], records) if "loss" in b]
-        middles = [(before + r["step"]) / 2 for before, r in trained]   # a mean over these steps
-        ax.plot(middles, [r["loss"] for _, r in trained], ":", color=colour,
+        middles = [(a + b) / 2 for a, b in pairwise(steps)]     # the loss is a mean between records
+        ax.plot(middles, [r["loss"] for r in records[1:]], ":", color=colour,
                 label=f"{label}, training")
     ax.set(xlabel="step", ylabel="loss (nats per token)", yscale="log")
     ax.legend(frameon=False)
@@ -620,8 +517,7 @@ def draw_layers(records, path):
         for i, name in enumerate(names):
             colour = COLOURS[i % len(COLOURS)] if len(names) <= 8 else f"{i / len(names):.2f}"
             values = [r["layers"][name][key] for r in records]
-            ax.plot(steps, [math.nan if v is None else v for v in values], ".-", color=colour,
-                    label=f"layer {i}")
+            ax.plot(steps, values, ".-", color=colour, label=f"layer {i}")
         ax.set(xlabel="step", title=title)
         if key in ("k_hat", "scale"):
             ax.axhline(1, color="0.7", lw=0.8, zorder=0)
@@ -673,24 +569,16 @@ def best_device(name=None):
     refuse(not there[device], f"--device {device} is not available here: leave it out.")
     return device
 
-@contextlib.contextmanager
-def ranks_of_torchrun(args):
-    """Joins the ranks that torchrun started, if it did; only rank 0 speaks."""
-    if "WORLD_SIZE" not in os.environ:
-        yield
-        return
+def join_ranks(args):
+    """Joins the ranks that torchrun started; rank 0 alone speaks."""
     refuse(args.method == "all" or args.sample is not None,
            "torchrun trains one method on several ranks: give --method, no --sample.")
     cuda = args.device != "cpu" and torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(LOCAL_RANK)
     torch.distributed.init_process_group("nccl" if cuda else "gloo")
-    try:
-        nowhere = open(os.devnull, "w")
-        with nowhere, contextlib.redirect_stdout(nowhere if RANK else sys.stdout):
-            yield
-    finally:
-        torch.distributed.destroy_process_group()
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
 
 def command(args):
     if args.threads is not None:
@@ -716,8 +604,9 @@ def main(argv=None):
             stream.reconfigure(errors="backslashreplace")   # a terminal that cannot print a text
     args = command_line().parse_args(argv)
     try:
-        with ranks_of_torchrun(args):
-            command(args)
+        if "WORLD_SIZE" in os.environ:
+            join_ranks(args)
+        command(args)
     except (ValueError, OSError, MemoryError, RuntimeError) as e:
         memory = re.search("out of memory|can't allocate|not enough memory", f"{e}")
         memory = memory or isinstance(e, MemoryError)
@@ -732,6 +621,9 @@ def main(argv=None):
               "to go on from the last record, or from the start if there was none.",
               file=sys.stderr)
         return 130
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     return 0
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
-"""What data/ and a file of one's own hold: the tokenizer, problems, texts, and their answers."""
+"""What data/ and a file of one's own hold, as train_tiny.py takes it: tokenizers, problems and
+texts, batches of their tokens, and whether a model's answers are right."""
 import base64
+import functools
+import hashlib
 import json
 import os
 import re
@@ -16,6 +19,7 @@ from nalora import refuse
 
 DATA = Path(os.path.relpath(Path(__file__).resolve().parent))
 SPLITS = ("train", "val", "test")
+MAX_NEW = 32                            # tokens of the toy's longest solution, and some
 
 # ---- tokenizers ----------------------------------------------------------------------------------
 
@@ -58,12 +62,16 @@ class CheckpointTokenizer:
         starts = [i for i in range(len(dressed)) if dressed[i:i + len(plain)] == plain]
         self.opening = dressed[:starts[0]] if starts else []    # what it puts before a text
 
-def tokenizer_of(base, data):
-    """The checkpoint's own tokenizer if it has one, else the toy's."""
+def tokenizer_of(base, data, vocab_size):
+    """The checkpoint's own tokenizer if it has one, else the toy's. ValueError if it is none for a
+    model of that vocabulary; a checkpoint's own may leave some tokens unused."""
     files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-    if base and any((Path(base) / name).exists() for name in files):
-        return CheckpointTokenizer(base)
-    return load_tokenizer(data if Path(data).is_dir() else DATA)
+    own = base and any((Path(base) / name).exists() for name in files)
+    folder = data if Path(data).is_dir() else DATA
+    tokenizer = CheckpointTokenizer(base) if own else load_tokenizer(folder)
+    refuse(vocab_size < tokenizer.n_vocab or not own and vocab_size != tokenizer.n_vocab,
+           f"{base} has {vocab_size} tokens, its tokenizer has {tokenizer.n_vocab}.")
+    return tokenizer
 
 # ---- problems: every token sequence is opening, prompt, completion, end token --------------------
 
@@ -127,7 +135,78 @@ def encode_problem(tokenizer, problem):
     end = [] if completion[-1:] == [tokenizer.eot_token] else [tokenizer.eot_token]
     return [*prompt, *completion, *end], len(prompt)
 
-# ---- texts ---------------------------------------------------------------------------------------
+def encode_splits(tokenizer, splits, data, context):
+    """{split: [(token ids, number of prompt tokens)]}, and the most new tokens an answer may need.
+    ValueError names the first problem that exceeds the model's context, in tokens."""
+    encoded = {split: [encode_problem(tokenizer, p) for p in splits[split]] for split in SPLITS}
+    max_new = max(MAX_NEW, *(len(ids) - prompt for ids, prompt in encoded["train"]))
+    for split in SPLITS:
+        path = data / f"{split}.jsonl" if data.is_dir() else data
+        for problem, (ids, prompt) in zip(splits[split], encoded[split]):
+            length = prompt + max_new if split == "test" else len(ids) - 1
+            refuse(length > context, f"{path}, line {problem['line']}: {length} tokens exceed the "
+                   f"context of {context}: shorten it.")
+    return encoded, max_new
+
+def read_equations(data):
+    """The equations that pre-training never saw: of the data folder, or the toy's."""
+    path = data / "arithmetic.jsonl"
+    return read_problems(path if path.exists() else DATA / "arithmetic.jsonl")
+
+def digest(data, base):
+    """{"data", "base": SHA-256 over the names and contents of its files}."""
+    kinds = (".json", ".jsonl", ".safetensors", ".model", ".tiktoken", ".txt")
+    found = {}
+    for key, place in (("data", Path(data)), ("base", Path(base or data))):
+        total = hashlib.sha256()
+        for path in sorted(place.iterdir()) if place.is_dir() else [place]:
+            if path.is_file() and (path.suffix in kinds or path == place):
+                with open(path, "rb") as file:
+                    content = hashlib.file_digest(file, "sha256").digest()
+                total.update(path.name.encode() + content)
+        found[key] = total.hexdigest()
+    return found
+
+# ---- batches: tokens, targets (-100 where none is learnt) and token_mask, (B, T) each ------------
+
+def collate(encoded, end):
+    """One batch of encoded problems; the completion alone is learnt."""
+    width = max(len(ids) for ids, _ in encoded) - 1
+    tokens = torch.full((len(encoded), width), end)
+    targets = torch.full((len(encoded), width), -100)
+    mask = torch.zeros(len(encoded), width, dtype=torch.bool)
+    for row, (ids, prompt) in enumerate(encoded):
+        tokens[row, :len(ids) - 1] = torch.tensor(ids[:-1])
+        targets[row, prompt - 1:len(ids) - 1] = torch.tensor(ids[prompt:])
+        mask[row, :len(ids) - 1] = True
+    return tokens, targets, mask
+
+def problem_batches(encoded, size, seed, end):
+    """batches(step) -> a batch of `size`: a function of seed and step alone, so that a resumed run
+    sees the same data."""
+
+    @functools.lru_cache(1)
+    def order(epoch):
+        """Shuffled problems, sorted by length within runs of eight batches (less padding), the
+        batches shuffled again."""
+        rng = np.random.default_rng([seed, epoch])
+        shuffled = rng.permutation(len(encoded))
+        flat = []
+        for i in range(0, len(shuffled), 8 * size):
+            flat += sorted(shuffled[i:i + 8 * size], key=lambda j: len(encoded[j][0]))
+        count = len(flat) // size
+        return np.array(flat[:count * size]).reshape(count, size)[rng.permutation(count)]
+
+    def batches(step):
+        epoch, position = divmod(step, len(encoded) // size)
+        return collate([encoded[j] for j in order(epoch)[position]], end)
+
+    return batches
+
+def in_order(encoded, end):
+    """All encoded problems in batches of 50, the short ones first."""
+    encoded = sorted(encoded, key=lambda e: len(e[0]))
+    return [collate(encoded[i:i + 50], end) for i in range(0, len(encoded), 50)]
 
 def encode_text(tokenizer, path):
     """The documents (lines) of a text file as one list of token ids, <|endoftext|> around each."""
@@ -140,6 +219,18 @@ def text_windows(tokenizer, path):
     ids = torch.tensor(encode_text(tokenizer, path))
     refuse(len(ids) < 129, f"{path} has {len(ids)} tokens: at least 129 are needed.")
     return ids[:len(ids) // 129 * 129].view(-1, 129)
+
+def text_batches(tokenizer, path, size, seed):
+    """As problem_batches: random windows of a text, in which every token is learnt."""
+    ids = torch.tensor(encode_text(tokenizer, path))
+
+    def batches(step):
+        rng = np.random.default_rng([seed, step])
+        starts = rng.integers(0, len(ids) - 128, size)
+        window = torch.stack([ids[i:i + 129] for i in starts])                  # (B, 129)
+        return window[:, :-1], window[:, 1:], torch.ones(size, 128, dtype=torch.bool)
+
+    return batches
 
 # ---- answers -------------------------------------------------------------------------------------
 
@@ -161,3 +252,29 @@ def is_right(problem, completion):
         return completion.strip() == given.strip()
     mark = next((m for m in ("The answer is", "####") if m in given), "")
     return final_answer(completion, mark) == Decimal(str(problem["answer"]))
+
+def solve(model, tokenizer, prompts, max_new_tokens=MAX_NEW):
+    """Greedy completions of the prompts, in order. Prompts of equal length share a batch, so none
+    needs padding."""
+    device = next(model.parameters()).device
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    answers = {}
+    for length in dict.fromkeys(map(len, encoded)):
+        rows = [i for i, ids in enumerate(encoded) if len(ids) == length]
+        tokens = torch.tensor([encoded[i] for i in rows], device=device)        # (B, length)
+        out = model.generate(tokens, max_new_tokens, stop=tokenizer.eot_token)
+        for i, ids in zip(rows, out[:, length:].tolist()):
+            end = ids.index(tokenizer.eot_token) if tokenizer.eot_token in ids else None
+            answers[i] = tokenizer.decode(ids[:end])
+    return [answers[i] for i in range(len(prompts))]
+
+def exact_match(model, tokenizer, problems, max_new_tokens=MAX_NEW):
+    """(share of problems solved rightly, the completions)."""
+    completions = solve(model, tokenizer, [p["prompt"] for p in problems], max_new_tokens)
+    return sum(map(is_right, problems, completions)) / len(problems), completions
+
+def arithmetic_accuracy(model, tokenizer, problems):
+    """Share of equations ("12+5=") that the model completes rightly."""
+    completions = solve(model, tokenizer, [p["prompt"] for p in problems], max_new_tokens=4)
+    right = [c.split(".")[0].strip() == str(p["answer"]) for c, p in zip(completions, problems)]
+    return sum(right) / len(problems)

@@ -18,6 +18,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_tiny
+from data import problems
 from evidence import compare, controls, measures, report
 from evidence.measures import in_alternation, peak_memory_mb, reset_peak_memory, timed
 from nalora import (
@@ -194,7 +195,7 @@ def generation(config, rounds):
     loop = train_tiny.training_loop(run)
     for _ in range(rounds):                 # so that it answers at length
         next(loop)
-    seconds, _ = timed(train_tiny.exact_match, run.model.eval(), run.tokenizer, run.problems,
+    seconds, _ = timed(problems.exact_match, run.model.eval(), run.tokenizer, run.problems,
                        run.max_new)
     return len(run.problems), seconds
 

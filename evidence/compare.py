@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 
 import train_tiny
+from data import problems
 from evidence import controls, figures, measures, peer_files, peers, report
 from evidence.controls import Config
 from nalora import read_json, write_files
@@ -180,12 +181,16 @@ def run_job(out, config, keep):
             summary = train_tiny.execute(config, out, True, save, controls.METHODS)
             summary.setdefault("peak_memory_mb", measures.peak_memory_mb(device))
         except train_tiny.Diverged as e:
-            summary = {"val_loss": None, "diverged": str(e), "digest": train_tiny.digest(config)}
+            places = digest(config.data, config.base)
+            summary = {"val_loss": None, "diverged": str(e), "digest": places}
     write_files(out, {"summary.json": summary})
     weights = out / "model" / "model.safetensors"
     for path in [out / "checkpoint.pt"] + [weights] * (not keep):
         path.unlink(missing_ok=True)        # gigabytes for a real model
     return read_summary(out)
+
+
+digest = cache(problems.digest)
 
 
 def read_summary(out):
@@ -199,11 +204,6 @@ def read_summary(out):
         raise ValueError(f"{out / 'summary.json'} lacks {missing[0]}: it is no summary of a "
                          f"comparison. Delete {out} to run it anew.")
     return summary
-
-
-@cache
-def digest(data, base):
-    return train_tiny.digest(train_tiny.Config(data=data, base=base))
 
 
 def finished(out, config):

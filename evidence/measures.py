@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import train_tiny
+from data import problems
 from evidence import controls, peer_files, peers
 from nalora import (
     GatedFFN,
@@ -28,7 +29,7 @@ from nalora import (
     widen,
     write_files,
 )
-from train_tiny import CheckpointTokenizer, arithmetic_accuracy, exact_match, mean_loss
+from train_tiny import mean_loss
 
 # what a row of comparison.json takes from a run's summary.json
 KEPT = ("val_loss", "test_exact_match", "arithmetic_accuracy", "trainable_parameters",
@@ -166,8 +167,8 @@ def held_out_text(base, run):
     """Windows (B, T) to measure forgetting on: held-out pre-training text for the toy; for another
     base text that it writes itself at temperature 1, where the increase of the loss estimates
     KL(base || tuned)."""
-    if not isinstance(run.tokenizer, CheckpointTokenizer):
-        return train_tiny.text_windows(run.tokenizer, train_tiny.DATA / "pretrain_val.txt")
+    if not isinstance(run.tokenizer, problems.CheckpointTokenizer):
+        return problems.text_windows(run.tokenizer, train_tiny.DATA / "pretrain_val.txt")
     start = torch.full((32, 1), (run.tokenizer.opening or [run.tokenizer.eot_token])[0])
     return base.generate(start, 128, temperature=1.0, generator=torch.Generator().manual_seed(0))
 
@@ -279,10 +280,11 @@ def measured_base(bench):
            "text_loss": bench.base_text_loss, "layers": layers, "positive": positive,
            "arithmetic_accuracy": None, "test_exact_match": None, **means(layers)}
     if run.equations:
-        row["arithmetic_accuracy"] = arithmetic_accuracy(bench.base, run.tokenizer, run.equations)
+        row["arithmetic_accuracy"] = problems.arithmetic_accuracy(bench.base, run.tokenizer,
+                                                                 run.equations)
     if run.problems:
-        row["test_exact_match"], _ = exact_match(bench.base, run.tokenizer, run.problems,
-                                                 run.max_new)
+        row["test_exact_match"], _ = problems.exact_match(bench.base, run.tokenizer, run.problems,
+                                                          run.max_new)
     return row
 
 

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # pytest may be
 
 import nalora
 import train_tiny
+from data import problems
 from nalora import Llama, LoRALinear, inject_lora, load_adapter, save_adapter
 from test_nalora import (
     FFN,
@@ -194,8 +195,8 @@ def readers(folder, base):
         "adapter/nalora.json": adapter,
         "base/model.safetensors": lambda: Llama.from_pretrained(folder / "base"),
         "base/config.json": lambda: Llama.from_pretrained(folder / "base"),
-        "data/tokenizer.tiktoken": lambda: train_tiny.load_tokenizer(folder / "data"),
-        "data/train.jsonl": lambda: train_tiny.read_problems(folder / "data" / "train.jsonl"),
+        "data/tokenizer.tiktoken": lambda: problems.load_tokenizer(folder / "data"),
+        "data/train.jsonl": lambda: problems.read_problems(folder / "data" / "train.jsonl"),
         "run/checkpoint.pt": lambda: train_tiny.load_checkpoint(set_up(), run),
         "run/config.json": lambda: train_tiny.load_checkpoint(set_up(), run),
     }
@@ -392,11 +393,11 @@ def test_json_lines_are_split_at_line_feeds_alone(tmp_path):
     for c in "\u2028\u2029\x85\x0b\x0c\x1c":
         text = row(c) if ord(c) > 31 else row(json.dumps(c)[1:-1])
         path.write_text(f"\ufeff{text}\r\n\n  \n{row('+')}\n\n", encoding="utf-8")
-        problems = train_tiny.read_problems(path, answers=False)
-        assert [(p["prompt"], p["line"]) for p in problems] == [(f"1{c}1=", 1), ("1+1=", 4)]
+        rows = problems.read_problems(path, answers=False)
+        assert [(p["prompt"], p["line"]) for p in rows] == [(f"1{c}1=", 1), ("1+1=", 4)]
     path.write_text(row("\\ud83d") + "\n" + row("\\ud83d\\ude00") + "\n")
-    problems = train_tiny.read_problems(path, answers=False)
-    assert [p["prompt"] for p in problems] == ["1\ufffd1=", "1\U0001f6001="]
+    rows = problems.read_problems(path, answers=False)
+    assert [p["prompt"] for p in rows] == ["1\ufffd1=", "1\U0001f6001="]
 
 
 def test_corrupt_data_names_file_and_line(base, tmp_path, capsys):

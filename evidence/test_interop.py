@@ -18,6 +18,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # pytest may be started anywhere
 
 import train_tiny
+from data import problems
 from nalora import (
     Llama,
     LlamaConfig,
@@ -115,7 +116,7 @@ def test_interop_merged_weights_and_the_committed_base_open_in_transformers(tmp_
     theirs = AutoModelForCausalLM.from_pretrained(
         HERE / "data" / "base", dtype=torch.float32
     ).eval()
-    tokens = torch.tensor([train_tiny.encode_problem(TOKENIZER, SPLITS["val"][0])[0]])
+    tokens = torch.tensor([problems.encode_problem(TOKENIZER, SPLITS["val"][0])[0]])
     torch.testing.assert_close(
         theirs(tokens).logits,
         Llama.from_pretrained(HERE / "data" / "base")(tokens)[0],
@@ -188,8 +189,8 @@ def test_interop_a_checkpoint_with_its_own_tokenizer(tmp_path, capsys):
     flags = [*arguments(tmp_path / "base", tmp_path / "run"), "--train-size", "20"]
     assert train_tiny.main(flags) == 0 and "exact match" in capsys.readouterr().out
     assert train_tiny.main(["--sample", "Ann has 3 apples.", "--out", str(tmp_path / "run")]) == 0
-    again = train_tiny.tokenizer_of(tmp_path / "base", HERE / "data")
-    ids, prompt = train_tiny.encode_problem(again, SPLITS["val"][0])
+    again = problems.tokenizer_of(tmp_path / "base", HERE / "data", TOKENIZER.n_vocab)
+    ids, prompt = problems.encode_problem(again, SPLITS["val"][0])
     assert ids[-1] == again.eot_token == 2 and again.decode(ids[prompt:-1]).replace(
         " ", ""
     ) == SPLITS["val"][0]["completion"].replace(" ", "")
@@ -275,10 +276,10 @@ def test_interop_begin_and_end_tokens_stand_once_and_where_they_belong(tmp_path)
         )
         fast = PreTrainedTokenizerFast(tokenizer_object=t, bos_token="<s>", eos_token="</s>")
         fast.save_pretrained(tmp_path)
-        tokenizer = train_tiny.CheckpointTokenizer(tmp_path)
+        tokenizer = problems.CheckpointTokenizer(tmp_path)
         for prompt, completion in (("12+34=", "46"), ("<s>12+34=", "46</s>")):
             problem = {"prompt": prompt, "completion": completion}
-            ids, count = train_tiny.encode_problem(tokenizer, problem)
+            ids, count = problems.encode_problem(tokenizer, problem)
             begins = template.startswith("<s>") or prompt.startswith("<s>")
             assert ids.count(0) == begins and ids[0] == 0 if begins else 0 not in ids
             assert ids.count(1) == 1 and ids[-1] == 1

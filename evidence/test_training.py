@@ -48,7 +48,7 @@ def test_a_setting_of_no_use_is_refused_by_its_name(name, value):
 )
 def test_a_number_is_read_behind_a_colon_and_is_no_part_of_a_name(given, said, answer, right):
     problem = {"prompt": "?", "completion": given, "answer": answer}
-    assert train_tiny.is_right(problem, said) is right
+    assert problems.is_right(problem, said) is right
 
 
 def test_the_split_of_a_file_stays_as_it_was(tmp_path):
