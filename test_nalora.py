@@ -1114,13 +1114,13 @@ def base(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def tiny_pretraining(monkeypatch):
     small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    encode = problems.encode_text
+    whole = problems.text_batches
 
-    def encode_less(tokenizer, path):
-        return encode(tokenizer, Path(path).with_name("pretrain_val.txt"))
+    def less(tokenizer, path, size, seed):
+        return whole(tokenizer, path.with_name("pretrain_val.txt"), size, seed)
 
     monkeypatch.setattr(train_tiny, "TINY", {**train_tiny.TINY, **small})
-    monkeypatch.setattr(problems, "encode_text", encode_less)
+    monkeypatch.setattr(problems, "text_batches", less)
 
 def arguments(base, out, method="nalora", *more):
     fine = [] if method == "pretrain" else ["--base", str(base)]

@@ -40,6 +40,7 @@ RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RAN
 TINY = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
         "tie_word_embeddings": True}
+
 # ---- a run's settings ----------------------------------------------------------------------------
 
 def flag(default, help, **more):
