@@ -610,28 +610,22 @@ def shapes(tensors):
 class Stack:
     """FFNs of one width, device and activation; their states stand stacked."""
 
-    def __init__(self, act, ffns):  # [(name, FFN, its gate, its activation or None)]
-        self.act = getattr(act, "forward", act)  # without the module's hooks
-        self.names, self.ffns, self.gates, self.acts = zip(*ffns)
-        self.steered = [(p, self, i, layer is self.gates[i] and p is pair[1])  # is it B_gate?
-                        for i, ffn in enumerate(self.ffns)
-                        for name, layer in own_modules(ffn).items() if "." not in name
-                        for pair in lora_pairs(layer) for p in pair]
-        for p, *_ in self.steered:
-            within_rows = any(s.is_shard(1) for s in getattr(p, "placements", ()))
-            refuse(within_rows or p.dim() != 2 or not p.numel(), "The LoRA parameters are flattened "
-                   "or sharded within rows (FSDP1, ZeRO-3): use FSDP2's fully_shard, or DDP.")
-        B = lora_pairs(self.gates[0])[0][1]  # (rows, rank)
-        zero = widen(local(B).new_zeros(len(ffns), channels(self.ffns[0], self.gates[0])))
-        one = torch.ones_like(zero[:, 0])  # (N,)
-        refuse(value_and_slope(self.act, zero[0, :1])[0].any(),
-               f"The activation of {self.names[0]} is not 0 at 0, so it is not self-gated.")
-        self.height = len(B)
-        self.rows = torch.arange(zero.size(1), device=B.device)  # (F,): those of B that make z
-        self.fused = self.height > len(self.rows)  # then the first pass tells which they are
+    def __init__(self, ffns, height, width, dtype, device):  # [(name, FFN, gate, activation)]
+        self.names, self.ffns, self.gates, acts = zip(*ffns)
+        self.act = getattr(acts[0], "forward", acts[0])  # without the module's hooks
+        # Of each FFN, the module that the activation is, should it be the FFN's own.
+        self.acts = [act if act in ffn.children() and acts.count(act) == 1 else None
+                     for ffn, act in zip(self.ffns, acts)]
+        self.height = height  # rows of B_gate
+        self.rows = torch.arange(width, device=device)  # those that make z
+        self.fused = height > width  # then the first pass tells which they are
         refuse(self.fused and None in self.acts, f"{self.names[0]} computes gate and up in one "
                "layer, and its activation is no module of its own: which rows are the gate's "
                "cannot be seen.")
+        zero = widen(torch.zeros(len(ffns), width, dtype=dtype, device=device))
+        refuse(value_and_slope(self.act, zero[0, :1])[0].any(),
+               f"The activation of {self.names[0]} is not 0 at 0, so it is not self-gated.")
+        one = zero.new_ones(len(ffns))
         self.state = State(zero, zero == 0, one * math.nan, one * math.nan, one)
         self.forget()
 
@@ -659,33 +653,26 @@ class Stack:
         return every.index_copy_(1, self.rows, rows).unbind(), scales.unbind()
 
 def stack_ffns(model, gate, act):
-    """([Stack of all FFNs whose gate carries LoRA], what is steered in a sentence). ValueError,
-    with the reason, if there is none."""
+    """([Stack of all FFNs whose gate carries LoRA], what is steered in a sentence)."""
     gates = (gate,) if isinstance(gate, str) else gate
     modules = own_modules(model)
-    places = count_places(model)
     config = getattr(modules[""], "config", None)
     matches = {name: m for name, m in modules.items()
                if f".{name}".endswith(tuple(f".{g}" for g in gates))}
     alike = {}
-    unknown = None  # an FFN without an activation
     for path, layer in matches.items():
         name, _, leaf = path.rpartition(".")
         ffn = modules[name]
         theirs = [g for g in GATES if hasattr(ffn, g)]
         refuse(theirs and leaf not in theirs, f"The gate of {name} is {' or '.join(theirs)}.")
-        own = activation(ffn, config)
-        phi = own or act
-        if lora_pairs(layer) and phi is None:
-            unknown = unknown or name
-        elif lora_pairs(layer):
+        phi = activation(ffn, config) or act
+        if lora_pairs(layer) and phi is not None:
             B = lora_pairs(layer)[0][1]  # (rows, rank)
-            key = (len(B), channels(ffn, layer), B.device, B.dtype, kind(phi))
-            seen = own if isinstance(own, nn.Module) and places[id(own)] == 1 else None
-            alike.setdefault(key, (phi, []))[1].append((name, ffn, layer, seen))
+            key = (kind(phi), len(B), channels(ffn, layer), B.dtype, B.device)
+            alike.setdefault(key, []).append((name, ffn, layer, phi))
     if not alike:
-        refuse_all(modules, gates[0], matches, unknown)
-    stacks = [Stack(*group) for group in alike.values()]
+        refuse_all(modules, gates[0], matches)
+    stacks = [Stack(ffns, *sizes) for (_, *sizes), ffns in alike.items()]
     names = [name for stack in stacks for name in stack.names]
     towers = {re.split(r"\.\d", f".{name}")[0] for name in names}
     twofold = getattr(config, "is_encoder_decoder", False)
@@ -693,23 +680,25 @@ def stack_ffns(model, gate, act):
         stack.several_towers = len(towers) > 1
         stack.decodes = [twofold and ".decoder." in f".{name}" for name in stack.names]
     plain = Counter(name.split(".")[-1] for name, m in modules.items()
-                    if hasattr(m, "lora_A") and name.rpartition(".")[0] not in names)
+                    if lora_pairs(m) and name.rpartition(".")[0] not in names)
     rest = ", ".join(f"{count} {name}" for name, count in plain.items()) or "nothing else"
     return stacks, f"NALoRA steers {len(names)} of {len(matches)} FFNs; plain LoRA on {rest}."
 
-def refuse_all(modules, gate, matches, unknown):
+def refuse_all(modules, gate, matches):
     """ValueError: why no FFN can be steered, and what to do."""
-    refuse(unknown, f"{unknown} has no activation (act_fn, act): say which one it is with act=...")
-    others = {type(m).__module__ for m in matches.values() if hasattr(m, "base_layer")}
-    refuse(others, f"{gate} carries {', '.join(others)}: that is no pair of A and B that could be "
-           "steered. Use LoRA.")
+    lora = [name for name, m in modules.items() if lora_pairs(m)]
+    for name in lora:
+        refuse(name in matches, f"{name.rpartition('.')[0]} has no activation (act_fn, act): say "
+               "which one it is with act=...")
+    refuse(any(hasattr(m, "base_layer") for m in matches.values()), f"The adapter on {gate} has no "
+           "pair of A and B that could be steered: use LoRA.")
     refuse(any(hasattr(m, "parameter_name") for m in modules.values()), "The LoRA is on this "
            "model's fused experts, which NALoRA does not steer. If it has dense or shared FFNs, "
            "too, put LoRA on their gates: inject_lora reaches them.")
-    found = ", ".join(sorted({name.split(".")[-1] for name, m in modules.items() if lora_pairs(m)}))
-    refuse(found, f"No gated FFN here has LoRA on its {gate}. It is on {found}: name the one in "
-           "front of the activation with gate=..., or put LoRA on the gate.")
-    raise ValueError(f"No gated FFN here has LoRA on its {gate}: inject it first.")
+    refuse(not lora, f"No gated FFN here has LoRA on its {gate}: inject it first.")
+    found = ", ".join(sorted({name.split(".")[-1] for name in lora}))
+    raise ValueError(f"No gated FFN here has LoRA on its {gate}. It is on {found}: name the one in "
+                     "front of the activation with gate=..., or put LoRA on the gate.")
 
 def channels(ffn, gate):
     """F, how many numbers the activation receives: half of the gate's rows, if the FFN's last layer
@@ -730,17 +719,16 @@ def activation(ffn, config=None):
 def kind(act):
     """Equal if one call may evaluate both: one object, or modules alike in class and attributes."""
     if not isinstance(act, nn.Module):
-        return id(act)
-    return type(act), *((key, value if value.__hash__ else id(value))  # tensors differ, too
+        return act
+    return type(act), *((key, value if value.__hash__ else id(value))  # no two tensors are equal
                         for key, value in vars(act).items() if value.__hash__ or value)
 
 def lora_pairs(layer):
     """[(A (rank, in), B (out, rank))] of a LoRALinear or a PEFT layer's active adapters, or []."""
-    A = getattr(layer, "lora_A", ())
-    if isinstance(A, Tensor):
-        return [(A, layer.lora_B)]
-    pairs = [(A[name], layer.lora_B[name]) for name in getattr(layer, "active_adapters", [])
-             if name in A]
+    if isinstance(layer, LoRALinear):
+        return [(layer.lora_A, layer.lora_B)]
+    names = getattr(layer, "active_adapters", []) if hasattr(layer, "lora_A") else []
+    pairs = [(layer.lora_A[name], layer.lora_B[name]) for name in names if name in layer.lora_A]
     return [tuple(getattr(part, "weight", part) for part in pair) for pair in pairs]
 
 def check_config(c):
@@ -764,18 +752,23 @@ def steered_by(optimizers, stacks):
                "rows that stand still would move: use an optimizer without.")
         refuse(getattr(o, "nalora", None),
                "This optimizer is steered by another NALoRA: call optimizer.nalora.remove() first.")
-    steered = [entry for stack in stacks for entry in stack.steered]
-    held = {o: {id(p) for group in o.param_groups for p in group["params"] if p.requires_grad}
-            for o in optimizers}
-    needed = {id(p) for p, _, _, is_gate_B in steered if p.requires_grad or is_gate_B}
-    refuse(not needed <= set().union(*held.values()), "The optimizer does not hold the FFNs' LoRA "
-           "parameters, or they are frozen: make it after LoRA is in place (PEFT: loaded with "
-           "is_trainable=True), or give a list of all that step together.")
-    for gate in (gate for stack in stacks for gate in stack.gates):
-        for hook in list(gate._forward_hooks.values()):
-            if isinstance(hook, Hook) and hook.call:  # such as when a notebook's cell runs again
-                hook.call.__self__.tool.remove()
-    return {o: [entry for entry in steered if id(entry[0]) in held[o]] for o in optimizers}
+    steered = [(p, stack, i, layer is stack.gates[i] and p is pair[1])
+               for stack in stacks for i, ffn in enumerate(stack.ffns)
+               for name, layer in own_modules(ffn).items() if "." not in name
+               for pair in lora_pairs(layer) for p in pair]
+    owner = {id(p): o for o in optimizers for group in o.param_groups for p in group["params"]
+             if p.requires_grad}
+    for p, _, _, is_gate_B in steered:
+        within_rows = any(s.is_shard(1) for s in getattr(p, "placements", ()))
+        refuse(within_rows or p.dim() != 2 or not p.numel(), "The LoRA parameters are flattened or "
+               "sharded within rows (FSDP1, ZeRO-3): use FSDP2's fully_shard.")
+        refuse(id(p) not in owner and (p.requires_grad or is_gate_B), "The optimizer does not hold "
+               "the FFNs' LoRA parameters, or they are frozen: make it after LoRA is in place (of "
+               "PEFT with is_trainable=True), or give a list of all that step together.")
+    for hook in [h for s in stacks for gate in s.gates for h in gate._forward_hooks.values()]:
+        if isinstance(hook, Hook) and hook.call:  # such as when a notebook's cell runs again
+            hook.call.__self__.tool.remove()
+    return {o: [entry for entry in steered if owner.get(id(entry[0])) is o] for o in optimizers}
 
 # -- several ranks, and checkpoints ----------------------------------------------------------------
 
@@ -791,10 +784,10 @@ def own_rows(factor, p):
     return factor
 
 def check_state(saved, here):
-    refuse(saved["config"] != here["config"],
-           f"This NALoRA state was made with {saved['config']}, not with {here['config']}.")
-    widths = [{name: shapes(ffn) for name, ffn in d["ffns"].items()} for d in (saved, here)]
-    refuse(widths[0] != widths[1], "This NALoRA state was made on another model.")
+    known = [(d["config"], {name: shapes(ffn) for name, ffn in d["ffns"].items()})
+             for d in (saved, here)]
+    refuse(known[0] != known[1], f"This NALoRA state was made with {saved['config']}, not with "
+           f"{here['config']}, or on another model.")
 
 def distributed():
     return torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -876,7 +869,8 @@ class Observer:
             token_mask = self.fitting(token_mask, z)
             seen = self.stack.seen
             seen[self.i] = max(seen[self.i], start + z.shape[:-1].numel())
-            hook = None if self.stack.fused else self.tool._see(self.stack, self.i, z, token_mask, start)
+            fused = self.stack.fused
+            hook = None if fused else self.tool._see(self.stack, self.i, z, token_mask, start)
             self.pending = (z, hook, token_mask, start) if self.stack.acts[self.i] else None
 
     def before_act(self, act, inputs):

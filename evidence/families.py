@@ -203,8 +203,8 @@ def steer(fresh, keywords):
         state = tool.statistics()[stack.names[i]]
         if not torch.allclose(importance * 0.1, state["importance"], rtol=1e-4, atol=1e-6):
             return "importance is not that of the activation's input", tool._stacks
-        for p, _, j, is_gate in stack.steered:
-            if i != j:
+        for p, its_stack, j, is_gate in tool._steered[optimizer]:
+            if (its_stack, j) != (stack, i):
                 continue
             factor = torch.full((len(p), 1), state["scale"])
             if is_gate:
