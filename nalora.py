@@ -647,8 +647,8 @@ class Stack:
         return [nn.utils.rnn.pad_sequence(t, batch_first=True) for t in zip(*samples)]
 
     def factors(self, rows, scales):
-        """What a step of B_gate (N, rows of B, 1) and of other parameters (N,) is multiplied by:
-        rows of a fused layer that make no gate take the scale alone."""
+        """Those of a step of B_gate (N, rows of B, 1), whose rows that make no gate take the scale
+        alone, and of other parameters (N,)."""
         every = scales[:, None, None].repeat(1, self.height, 1)
         return every.index_copy_(1, self.rows, rows).unbind(), scales.unbind()
 
@@ -701,15 +701,13 @@ def refuse_all(modules, gate, matches):
                      "front of the activation with gate=..., or put LoRA on the gate.")
 
 def channels(ffn, gate):
-    """F, how many numbers the activation receives: half of the gate's rows, if the FFN's last layer
-    takes half as many as the gate gives."""
+    """F: the gate's rows, or half of them where the FFN's last layer takes half as many."""
     rows = len(lora_pairs(gate)[0][1])
     takes = [getattr(m, "in_features", 0) for m in ffn.children() if m is not gate]
     return rows // 2 if rows not in takes and rows / 2 in takes else rows
 
 def activation(ffn, config=None):
-    """The activation that an FFN has by one of Hugging Face's names for it; the config's, where a
-    fused kernel took its place; or None."""
+    """An FFN's own activation; the config's, where a fused kernel took its place; or None."""
     for name in ("act_fn", "activation_fn", "act", "intermediate_act_fn", "activation"):
         if callable(getattr(ffn, name, None)):
             return getattr(ffn, name)
@@ -741,15 +739,15 @@ def check_config(c):
         refuse(not fit, f"{name} is {getattr(c, name)!r}: NALoRAConfig says what it may be.")
 
 def steered_by(optimizers, stacks):
-    """{optimizer: [(p, stack, i, whether it is B_gate)]} of what trains, after an earlier NALoRA on
-    these gates was taken off. ValueError if an optimizer cannot be steered, or lacks parameters."""
+    """{optimizer: [(p, stack, i, whether it is B_gate)]} of what trains. An earlier NALoRA on these
+    gates is taken off."""
     optimizers = optimizers if isinstance(optimizers, (list, tuple)) else [optimizers]
     optimizers = [getattr(o, "optimizer", o) for o in optimizers]  # in Accelerate's wrapper
     for o in optimizers:
         refuse(not hasattr(o, "register_step_post_hook"), "NALoRA hooks the step of a "
                f"torch.optim.Optimizer, not a {type(o).__name__}.")
-        refuse(hasattr(o, "eval"), f"{type(o).__name__} evaluates at averages of its own, in which "
-               "rows that stand still would move: use an optimizer without.")
+        refuse(hasattr(o, "eval"), f"{type(o).__name__} evaluates at averages of its own, which "
+               "would move resting rows: use another optimizer.")
         refuse(getattr(o, "nalora", None),
                "This optimizer is steered by another NALoRA: call optimizer.nalora.remove() first.")
     steered = [(p, stack, i, layer is stack.gates[i] and p is pair[1])
