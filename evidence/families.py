@@ -162,7 +162,7 @@ def candidates(model):
     return dict.fromkeys(
         name.rpartition(".")[2]
         for name in names
-        if activation(parents[name]) is not None and not re.search("router|attn", name)
+        if activation(parents[name]) is not None and not re.search("router|attn|down_proj", name)
     )
 
 
@@ -221,9 +221,7 @@ def gated(tool_stack):
     ffn, gate = tool_stack.ffns[0], tool_stack.gates[0]
     width = tool_stack.state.mask.size(-1)
     others = [m for m in ffn.children() if m is not gate]
-    return tool_stack.fused or any(
-        getattr(m, "out_features", None) == width for m in others
-    )
+    return tool_stack.fused or any(getattr(m, "out_features", None) == width for m in others)
 
 
 def try_family(name):
