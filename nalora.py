@@ -610,30 +610,22 @@ def shapes(tensors):
 class Stack:
     """FFNs of one width, device and activation; their states stand stacked."""
 
-    def __init__(self, act, ffns):  # {name: (FFN, its gate)}
-        self.act = getattr(act, "forward", act)  # without the module's hooks
-        self.names = list(ffns)
-        self.ffns, self.gates = zip(*ffns.values())
-        self.steered = []  # (parameter, this stack, which FFN, whether it is B_gate)
-        for i, ffn in enumerate(self.ffns):
-            layers = [m for name, m in own_modules(ffn).items() if "." not in name]
-            for layer in layers:
-                for A, B in lora_pairs(layer):
-                    self.steered += [(B, self, i, layer is self.gates[i]), (A, self, i, False)]
-        whole = (p.dim() == 2 and p.numel() and not any(s.is_shard(1) for s in placements(p))
-                 for p, *_ in self.steered)
-        refuse(not all(whole), "The LoRA parameters are flattened or sharded within rows (FSDP1, "
-               "ZeRO-3): use FSDP2's fully_shard, or DistributedDataParallel.")
-        B = lora_pairs(self.gates[0])[0][1]  # (rows, rank)
-        dtype = torch.promote_types(B.dtype, torch.float32)
-        zero = torch.zeros(len(ffns), channels(*ffns[self.names[0]]), dtype=dtype, device=B.device)
-        one = torch.ones_like(zero[:, 0])  # (N,)
+    def __init__(self, ffns, height, width, dtype, device):  # [(name, FFN, gate, activation)]
+        self.names, self.ffns, self.gates, acts = zip(*ffns)
+        self.act = getattr(acts[0], "forward", acts[0])  # without the module's hooks
+        # Of each FFN, the module that the activation is, should it be the FFN's own.
+        self.acts = [act if act in ffn.children() and acts.count(act) == 1 else None
+                     for ffn, act in zip(self.ffns, acts)]
+        self.height = height  # rows of B_gate
+        self.rows = torch.arange(width, device=device)  # those that make z
+        self.fused = height > width  # then the first pass tells which they are
+        refuse(self.fused and None in self.acts, f"{self.names[0]} computes gate and up in one "
+               "layer, and its activation is no module of its own: which rows are the gate's "
+               "cannot be seen.")
+        zero = widen(torch.zeros(len(ffns), width, dtype=dtype, device=device))
         refuse(value_and_slope(self.act, zero[0, :1])[0].any(),
                f"The activation of {self.names[0]} is not 0 at 0, so it is not self-gated.")
-        self.height = len(B)
-        self.rows = None  # (F,): which rows of B make z, where there are others, too
-        if self.height > zero.size(1):
-            self.rows = torch.arange(zero.size(1), device=B.device)  # until the first pass
+        one = zero.new_ones(len(ffns))
         self.state = State(zero, zero == 0, one * math.nan, one * math.nan, one)
         self.forget()
 
@@ -655,98 +647,79 @@ class Stack:
         return [nn.utils.rnn.pad_sequence(t, batch_first=True) for t in zip(*samples)]
 
     def factors(self, rows, scales):
-        """What a step of B_gate (N, rows of B, 1) and of other parameters (N,) is multiplied by:
-        rows of a fused layer that make no gate take the scale alone."""
-        if self.rows is not None:
-            every = scales[:, None, None].repeat(1, self.height, 1)
-            rows = every.index_copy_(1, self.rows, rows)
-        return rows.unbind(), scales.unbind()
+        """Those of a step of B_gate (N, rows of B, 1), whose rows that make no gate take the scale
+        alone, and of other parameters (N,)."""
+        every = scales[:, None, None].repeat(1, self.height, 1)
+        return every.index_copy_(1, self.rows, rows).unbind(), scales.unbind()
 
 def stack_ffns(model, gate, act):
-    """([Stack of all FFNs whose gate carries LoRA], what is steered in a sentence). ValueError,
-    with the reason, if there is none."""
-    gates = [gate] if isinstance(gate, str) else gate
+    """([Stack of all FFNs whose gate carries LoRA], what is steered in a sentence)."""
+    gates = (gate,) if isinstance(gate, str) else gate
     modules = own_modules(model)
+    config = getattr(modules[""], "config", None)
     matches = {name: m for name, m in modules.items()
-               if any(f".{name}".endswith(f".{g}") for g in gates)}
+               if f".{name}".endswith(tuple(f".{g}" for g in gates))}
     alike = {}
-    unknown = None  # an FFN without an activation
-    for name, layer in matches.items():
-        name, _, leaf = name.rpartition(".")
+    for path, layer in matches.items():
+        name, _, leaf = path.rpartition(".")
         ffn = modules[name]
         theirs = [g for g in GATES if hasattr(ffn, g)]
         refuse(theirs and leaf not in theirs, f"The gate of {name} is {' or '.join(theirs)}.")
-        phi = activation(ffn, getattr(modules[""], "config", None)) or act
-        if phi is None:
-            unknown = unknown or name
-        elif lora_pairs(layer):
+        phi = activation(ffn, config) or act
+        if lora_pairs(layer) and phi is not None:
             B = lora_pairs(layer)[0][1]  # (rows, rank)
-            key = (len(B), channels(ffn, layer), B.device, B.dtype, kind(phi))
-            alike.setdefault(key, (phi, {}))[1][name] = (ffn, layer)
+            key = (kind(phi), len(B), channels(ffn, layer), B.dtype, B.device)
+            alike.setdefault(key, []).append((name, ffn, layer, phi))
     if not alike:
-        raise ValueError(why_none(modules, gates[0], matches, unknown))
-    stacks = [Stack(*group) for group in alike.values()]
+        refuse_all(modules, gates[0], matches)
+    stacks = [Stack(ffns, *sizes) for (_, *sizes), ffns in alike.items()]
     names = [name for stack in stacks for name in stack.names]
-    towers = {re.split(r"\.\d+(?:\.|$)", f".{name}")[0] for name in names}
-    twofold = getattr(getattr(modules[""], "config", None), "is_encoder_decoder", False)
-    places = count_places(model)
+    towers = {re.split(r"\.\d", f".{name}")[0] for name in names}
+    twofold = getattr(config, "is_encoder_decoder", False)
     for stack in stacks:
         stack.several_towers = len(towers) > 1
         stack.decodes = [twofold and ".decoder." in f".{name}" for name in stack.names]
-        acts = [own_activation(ffn) for ffn in stack.ffns]
-        stack.acts = [a if isinstance(a, nn.Module) and places[id(a)] == 1 else None for a in acts]
-        refuse(stack.rows is not None and None in stack.acts, f"{stack.names[0]} computes gate and "
-               "up in one layer, and its activation is no module of its own: which rows are the "
-               "gate's cannot be seen.")
     plain = Counter(name.split(".")[-1] for name, m in modules.items()
-                    if hasattr(m, "lora_A") and name.rpartition(".")[0] not in names)
-    rest = ", ".join(f"{count} {name}" for name, count in plain.items())
-    return stacks, (f"NALoRA steers {len(names)} of {len(matches)} FFNs; "
-                    f"{f'plain LoRA on {rest}' if rest else 'no other LoRA'}.")
+                    if lora_pairs(m) and name.rpartition(".")[0] not in names)
+    rest = ", ".join(f"{count} {name}" for name, count in plain.items()) or "nothing else"
+    return stacks, f"NALoRA steers {len(names)} of {len(matches)} FFNs; plain LoRA on {rest}."
 
-def why_none(modules, gate, matches, unknown):
-    """The sentence that says why no FFN can be steered, and what to do."""
-    if unknown and any(map(lora_pairs, matches.values())):
-        return f"{unknown} has no activation (act_fn, act): say which one it is with act=..."
-    for m in matches.values():
-        if hasattr(m, "base_layer"):
-            return (f"{gate} carries {type(m).__name__} of {type(m).__module__}: that is no pair "
-                    "of A and B that could be steered. Use LoRA.")
-    if any(hasattr(m, "parameter_name") and hasattr(m, "lora_A") for m in modules.values()):
-        return ("The LoRA is on this model's fused experts, which NALoRA does not steer. If it has "
-                "dense or shared FFNs, too, put LoRA on their gates: inject_lora reaches them.")
-    found = sorted({name.split(".")[-1] for name, m in modules.items() if lora_pairs(m)})
-    if found:
-        return (f"No gated FFN here has LoRA on its {gate}. It is on {', '.join(found)}: name the "
-                "one in front of the activation with gate=..., or put LoRA on the gate.")
-    return f"No gated FFN here has LoRA on its {gate}: inject it first."
+def refuse_all(modules, gate, matches):
+    """ValueError: why no FFN can be steered, and what to do."""
+    lora = [name for name, m in modules.items() if lora_pairs(m)]
+    for name in lora:
+        refuse(name in matches, f"{name.rpartition('.')[0]} has no activation (act_fn, act): say "
+               "which one it is with act=...")
+    refuse(any(hasattr(m, "base_layer") for m in matches.values()), f"The adapter on {gate} has no "
+           "pair of A and B that could be steered: use LoRA.")
+    refuse(any(hasattr(m, "parameter_name") for m in modules.values()), "The LoRA is on this "
+           "model's fused experts, which NALoRA does not steer. If it has dense or shared FFNs, "
+           "too, put LoRA on their gates: inject_lora reaches them.")
+    refuse(not lora, f"No gated FFN here has LoRA on its {gate}: inject it first.")
+    found = ", ".join(sorted({name.split(".")[-1] for name in lora}))
+    raise ValueError(f"No gated FFN here has LoRA on its {gate}. It is on {found}: name the one in "
+                     "front of the activation with gate=..., or put LoRA on the gate.")
 
 def channels(ffn, gate):
-    """F, how many numbers the activation receives: half of the gate's rows, if the FFN's last layer
-    takes half as many as the gate gives."""
+    """F: the gate's rows, or half of them where the FFN's last layer takes half as many."""
     rows = len(lora_pairs(gate)[0][1])
     takes = [getattr(m, "in_features", 0) for m in ffn.children() if m is not gate]
     return rows // 2 if rows not in takes and rows / 2 in takes else rows
 
-def own_activation(ffn):
-    """The activation that an FFN has by one of Hugging Face's names for it, or None."""
-    names = ("act_fn", "activation_fn", "act", "intermediate_act_fn", "activation")
-    return next((getattr(ffn, n) for n in names if callable(getattr(ffn, n, None))), None)
-
 def activation(ffn, config=None):
     """An FFN's own activation; the config's, where a fused kernel took its place; or None."""
-    if own_activation(ffn) is None and hasattr(ffn, "down_proj"):
+    for name in ("act_fn", "activation_fn", "act", "intermediate_act_fn", "activation"):
+        if callable(getattr(ffn, name, None)):
+            return getattr(ffn, name)
+    if hasattr(ffn, "down_proj"):
         return ACTIVATIONS.get(getattr(getattr(ffn, "config", config), "hidden_act", None))
-    return own_activation(ffn)
 
 def kind(act):
     """Equal if one call may evaluate both: one object, or modules alike in class and attributes."""
     if not isinstance(act, nn.Module):
         return id(act)
-    plain = (int, float, str, type(None))
-    return type(act), *((key, value if isinstance(value, plain) else id(value))
-                        for key, value in vars(act).items()
-                        if not isinstance(value, (dict, set)) or value)
+    return type(act), *((key, value if value.__hash__ else id(value))  # no two tensors are equal
+                        for key, value in vars(act).items() if value.__hash__ or value)
 
 def lora_pairs(layer):
     """[(A (rank, in), B (out, rank))] of a LoRALinear or a PEFT layer's active adapters, or []."""
@@ -766,53 +739,53 @@ def check_config(c):
         refuse(not fit, f"{name} is {getattr(c, name)!r}: NALoRAConfig says what it may be.")
 
 def steered_by(optimizers, stacks):
-    """{optimizer: [(p, stack, i, whether it is B_gate)]} of what trains, after an earlier NALoRA on
-    these gates was taken off. ValueError if an optimizer cannot be steered, or lacks parameters."""
+    """{optimizer: [(p, stack, i, whether it is B_gate)]} of what trains. An earlier NALoRA on these
+    gates is taken off."""
     optimizers = optimizers if isinstance(optimizers, (list, tuple)) else [optimizers]
     optimizers = [getattr(o, "optimizer", o) for o in optimizers]  # in Accelerate's wrapper
     for o in optimizers:
         refuse(not hasattr(o, "register_step_post_hook"), "NALoRA hooks the step of a "
                f"torch.optim.Optimizer, not a {type(o).__name__}.")
-        refuse(hasattr(o, "eval"), f"{type(o).__name__} evaluates at averages of its own, in which "
-               "rows that stand still would move: use an optimizer without.")
+        refuse(hasattr(o, "eval"), f"{type(o).__name__} evaluates at averages of its own, which "
+               "would move resting rows: use another optimizer.")
         refuse(getattr(o, "nalora", None),
                "This optimizer is steered by another NALoRA: call optimizer.nalora.remove() first.")
-    steered = [entry for stack in stacks for entry in stack.steered]
-    refuse(not all(p.requires_grad for p, _, _, is_gate_B in steered if is_gate_B),
-           "The FFNs' LoRA parameters are frozen (PEFT: load with is_trainable=True).")
-    steered = [entry for entry in steered if entry[0].requires_grad]  # LoRA-FA trains B alone
-    held = {o: {id(p) for group in o.param_groups for p in group["params"]} for o in optimizers}
-    refuse(not {id(p) for p, *_ in steered} <= set().union(*held.values()),
-           "The optimizer does not hold the FFNs' LoRA parameters: make it after LoRA is in place, "
-           "or give a list of all that step together.")
-    for gate in (gate for stack in stacks for gate in stack.gates):
-        for hook in list(gate._forward_hooks.values()):
-            if isinstance(hook, Hook) and hook.call:  # such as when a notebook's cell runs again
-                hook.call.__self__.tool.remove()
-    return {o: [entry for entry in steered if id(entry[0]) in held[o]] for o in optimizers}
+    steered = [(p, stack, i, layer is stack.gates[i] and p is pair[1])
+               for stack in stacks for i, ffn in enumerate(stack.ffns)
+               for name, layer in own_modules(ffn).items() if "." not in name
+               for pair in lora_pairs(layer) for p in pair]
+    owner = {id(p): o for o in optimizers for group in o.param_groups for p in group["params"]
+             if p.requires_grad}
+    for p, _, _, is_gate_B in steered:
+        within_rows = any(s.is_shard(1) for s in getattr(p, "placements", ()))
+        refuse(within_rows or p.dim() != 2 or not p.numel(), "The LoRA parameters are flattened or "
+               "sharded within rows (FSDP1, ZeRO-3): use FSDP2's fully_shard.")
+        refuse(id(p) not in owner and (p.requires_grad or is_gate_B), "The optimizer does not hold "
+               "the FFNs' LoRA parameters, or they are frozen: make it after LoRA is in place (of "
+               "PEFT with is_trainable=True), or give a list of all that step together.")
+    for hook in [h for s in stacks for gate in s.gates for h in gate._forward_hooks.values()]:
+        if isinstance(hook, Hook) and hook.call:  # such as when a notebook's cell runs again
+            hook.call.__self__.tool.remove()
+    return {o: [entry for entry in steered if owner.get(id(entry[0])) is o] for o in optimizers}
 
 # -- several ranks, and checkpoints ----------------------------------------------------------------
 
-def placements(p):
-    return getattr(p, "placements", ())
-
 def local(p):
     """The part of a parameter that this rank holds: of FSDP2's DTensors some rows, else all."""
-    return p.detach().to_local() if placements(p) else p.detach()
+    return p.detach().to_local() if hasattr(p, "placements") else p.detach()
 
 def own_rows(factor, p):
     """Of a factor (rows, 1) of all rows of p, those of this rank."""
-    if placements(p):
-        from torch.distributed.tensor import Replicate
-        whole = type(p).from_local(factor, p.device_mesh, [Replicate()] * p.device_mesh.ndim)
+    if hasattr(p, "placements"):
+        whole = type(p).from_local(factor, p.device_mesh)  # the same on every rank
         return whole.redistribute(placements=p.placements).to_local()
     return factor
 
 def check_state(saved, here):
-    refuse(saved["config"] != here["config"],
-           f"This NALoRA state was made with {saved['config']}, not with {here['config']}.")
-    widths = [{name: shapes(ffn) for name, ffn in d["ffns"].items()} for d in (saved, here)]
-    refuse(widths[0] != widths[1], "This NALoRA state was made on another model.")
+    known = [(d["config"], {name: shapes(ffn) for name, ffn in d["ffns"].items()})
+             for d in (saved, here)]
+    refuse(known[0] != known[1], f"This NALoRA state was made with {saved['config']}, not with "
+           f"{here['config']}, or on another model.")
 
 def distributed():
     return torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -843,9 +816,9 @@ def keep_in_checkpoints(tool, optimizer):
         state["param_groups"][0]["nalora"] = tool.state_dict()
 
     def load(optimizer):
-        state = optimizer.param_groups[0].pop("nalora", None)
-        if state is not None:
-            tool.load_state_dict(state)
+        group = optimizer.param_groups[0]
+        if "nalora" in group:
+            tool.load_state_dict(group.pop("nalora"))
 
     tool._handles += [optimizer.register_state_dict_post_hook(save),
                       optimizer.register_load_state_dict_post_hook(load)]
@@ -894,7 +867,7 @@ class Observer:
             token_mask = self.fitting(token_mask, z)
             seen = self.stack.seen
             seen[self.i] = max(seen[self.i], start + z.shape[:-1].numel())
-            fused = self.stack.rows is not None
+            fused = self.stack.fused
             hook = None if fused else self.tool._see(self.stack, self.i, z, token_mask, start)
             self.pending = (z, hook, token_mask, start) if self.stack.acts[self.i] else None
 
@@ -954,7 +927,7 @@ class Observer:
         grad, = torch.autograd.grad(z.sum(), output, retain_graph=True, allow_unused=True)
         self.refuse_gate(grad is None or z.size(-1) != stack.state.mask.size(-1))
         rows = grad.flatten(0, -2).ne(0).any(0).nonzero().flatten()
-        if stack.rows is not None:
+        if stack.fused:
             self.refuse_gate(len(rows) != len(stack.rows))
             stack.rows = rows
 

@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from nalora import (
     NALoRA,
     NALoRAConfig,
+    activation,
     correct,
     inject_lora,
     lora_pairs,
-    own_activation,
     read_json,
     value_and_slope,
     write_files,
@@ -162,7 +162,7 @@ def candidates(model):
     return dict.fromkeys(
         name.rpartition(".")[2]
         for name in names
-        if own_activation(parents[name]) is not None and not re.search("router|attn", name)
+        if activation(parents[name]) is not None and not re.search("router|attn|down_proj", name)
     )
 
 
@@ -184,9 +184,9 @@ def steer(fresh, keywords):
         received.setdefault(key, []).append(z.detach().flatten(0, -2).float())
 
     for stack in tool._stacks:
-        for i, (ffn, gate) in enumerate(zip(stack.ffns, stack.gates)):
+        for i, gate in enumerate(stack.gates):
             if stack.acts[i]:
-                own_activation(ffn).register_forward_pre_hook(
+                stack.acts[i].register_forward_pre_hook(
                     lambda act, inputs, key=(stack, i): note(key, inputs[0])
                 )
             else:
@@ -203,13 +203,12 @@ def steer(fresh, keywords):
         state = tool.statistics()[stack.names[i]]
         if not torch.allclose(importance * 0.1, state["importance"], rtol=1e-4, atol=1e-6):
             return "importance is not that of the activation's input", tool._stacks
-        for p, _, j, is_gate in stack.steered:
-            if i != j:
+        for p, its_stack, j, is_gate in tool._steered[optimizer]:
+            if (its_stack, j) != (stack, i):
                 continue
             factor = torch.full((len(p), 1), state["scale"])
             if is_gate:
-                rows = torch.arange(len(p)) if stack.rows is None else stack.rows
-                factor[rows] *= state["mask"][:, None]
+                factor[stack.rows] *= state["mask"][:, None]
             if not torch.equal(p, correct(before[id(p)], after[id(p)], factor)):
                 return "a step is not blended as mask and scale say", tool._stacks
             if is_gate and torch.equal(p, before[id(p)]):
@@ -222,9 +221,7 @@ def gated(tool_stack):
     ffn, gate = tool_stack.ffns[0], tool_stack.gates[0]
     width = tool_stack.state.mask.size(-1)
     others = [m for m in ffn.children() if m is not gate]
-    return tool_stack.rows is not None or any(
-        getattr(m, "out_features", None) == width for m in others
-    )
+    return tool_stack.fused or any(getattr(m, "out_features", None) == width for m in others)
 
 
 def try_family(name):
