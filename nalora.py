@@ -227,22 +227,23 @@ class NALoRA:
     def __repr__(self):
         return self._said
 
-    def _see(self, stack, i, z, token_mask, start):
-        """Samples what FFN i of a stack passes to its activation, z (..., F): called in each pass
-        that trains. start: number of its first token since the last step."""
+    def _see(self, stack, token_mask, start, z):
+        """Samples what an FFN of a stack passes to its activation, z (..., F), in a pass that
+        trains: [(T, F), weight (T,)]. start: number of its first token since the last step."""
         every = slice((self._steps - start) % self.config.stride, None, self.config.stride)
         sample = z.detach().flatten(0, -2)[every]  # (T, F)
         sample = sample.to(stack.state.importance, copy=True)
         weight = sample.new_ones(len(sample))  # (T,)
         if token_mask is not None:
             weight = token_mask.flatten()[every].ne(0).to(weight)
-        return z.register_hook(partial(self._keep, stack, i, sample, weight))
+        return [sample, weight]
 
-    def _keep(self, stack, i, sample, weight, grad):
-        """Backward has reached the gates of a pass, so that it counts."""
+    def _keep(self, stack, i, sample, grad=None):
+        """Backward has reached a pass of FFN i, so that it counts."""
         if i in stack.samples:  # of another microbatch
             self._add_up()
-        stack.samples[i] = (sample, weight)
+        if sample:
+            stack.samples[i] = sample
 
     def _add_up(self):
         """Adds the sums over the samples of one pass to those of the step, a stack at a time."""
@@ -857,8 +858,8 @@ def in_backward():
     return torch._C._current_graph_task_id() != -1
 
 class Observer:
-    """The hooks of one FFN: they call tool._see once for each pass that trains, with z as the
-    activation receives it, or else, where that cannot be seen, as the gate gives it."""
+    """The hooks of one FFN: they sample each pass that trains, z as the activation receives it, or
+    else, where that cannot be seen, as the gate gives it."""
 
     def __init__(self, tool, stack, i):
         self.tool = tool
@@ -872,66 +873,40 @@ class Observer:
             tool._handles.append(stack.acts[i].register_forward_pre_hook(hook))
 
     def forget(self):
-        # Of passes that backward will compute again: (token_mask, start, tokens, end of z).
-        self.unseen = []
-        self.pending = None  # until the activation comes: (gate's output, hook, token_mask, start)
+        self.pending = None  # until the activation comes: (gate's output, its sample, how to see z)
         self.early = False  # whether the activation came without one
 
     def after_gate(self, gate, z):
         """Forward hook of the gate. Evaluation, passes of the base model and passes under no_grad
-        leave no trace."""
+        leave no trace. What gradient checkpointing computes again was seen the first time."""
         self.pending = None
-        found = None
-        if in_backward():
-            found = self.recomputed(z)
-        elif gate.training and not (getattr(gate, "disable_adapters", False)
-                                    or self.tool._watch.no_grad):
-            if not self.tool._closure and self.tool._watch.look(gate):
+        watch = self.tool._watch
+        if (not gate.training or getattr(gate, "disable_adapters", False)
+                or not (z.requires_grad or watch.trains())):
+            return
+        sample = see = None
+        if not in_backward():
+            if not self.tool._closure and watch.look(gate):
                 self.tool._forget()
-            found = self.first_seen(z)
-        if found:
-            token_mask, start = found
-            token_mask = self.fitting(token_mask, z)
-            seen = self.stack.seen
-            seen[self.i] = max(seen[self.i], start + z.shape[:-1].numel())
-            fused = self.stack.rows is not None
-            hook = None if fused else self.tool._see(self.stack, self.i, z, token_mask, start)
-            self.pending = (z, hook, token_mask, start) if self.stack.acts[self.i] else None
+            mask = self.fitting(self.tool.token_mask, z)
+            see = partial(self.tool._see, self.stack, mask, self.stack.seen[self.i])
+            sample = see(z) if self.stack.rows is None else []
+            self.stack.seen[self.i] += z.shape[:-1].numel()
+            watch.when_reached(z, partial(self.tool._keep, self.stack, self.i, sample))
+        if self.stack.acts[self.i]:
+            self.pending = (z, sample, see)
 
     def before_act(self, act, inputs):
         """Forward pre-hook of the activation: is its input the gate's output as it is?"""
         if self.pending is None:
             self.early = self.early or act.training and inputs[0].requires_grad
             return
-        output, hook, token_mask, start = self.pending
+        output, sample, see = self.pending
         self.pending = None
         if inputs[0] is not output:  # a part of it, or changed on the way
-            if hook:
-                hook.remove()
             self.find_rows(inputs[0], output)
-            self.tool._see(self.stack, self.i, inputs[0], token_mask, start)
-
-    def first_seen(self, z):
-        """(token_mask, number of the first token) of a pass that trains. Under one kind of gradient
-        checkpointing it has no gradients yet: then it waits in `unseen` until it is computed again
-        during backward, and nothing is returned."""
-        start = self.stack.seen[self.i] + sum(tokens for _, _, tokens, _ in self.unseen)
-        if z.requires_grad:
-            return self.tool.token_mask, start
-        end = z.detach().flatten()[-8:].clone()
-        self.unseen.append((self.tool.token_mask, start, z.shape[:-1].numel(), end))
-
-    def recomputed(self, z):
-        """As `first_seen`, of a pass that waited. The other kind of checkpointing had gradients the
-        first time, too."""
-        if not z.requires_grad:
-            return None
-        tokens = z.shape[:-1].numel()
-        fits = [k for k, waiting in enumerate(self.unseen) if waiting[2] == tokens]
-        if len(fits) > 1:
-            end = z.detach().flatten()[-8:]
-            fits = [k for k in fits if torch.equal(self.unseen[k][3], end)] or fits
-        return self.unseen.pop(fits[-1])[:2] if fits else None
+            if see:
+                sample[:] = see(inputs[0])
 
     def fitting(self, mask, z):
         """The token mask if it is of gates z. In a model of several towers it is one tower's; in an
@@ -947,7 +922,7 @@ class Observer:
     def find_rows(self, z, output):
         """Which rows of B make the activation's input: autograd tells, once, which entries of the
         gate's output it is made of. ValueError if it is made of others."""
-        if self.looked or not z.numel():
+        if self.looked or not z.numel() or not z.requires_grad:
             return
         self.looked = True
         stack = self.stack
@@ -983,6 +958,10 @@ class Hook:
 def note_version(versions, parameter):
     versions[:] = [parameter.grad._version]
 
+def count_all(waiting, grad):
+    while waiting:
+        waiting.pop()()
+
 def whole_modules(model, stacks):
     """The modules that hold all gates: the model, and the model in a wrapper such as PEFT's."""
     gates = {gate for stack in stacks for gate in stack.gates}
@@ -995,12 +974,12 @@ class Watch:
     def __init__(self, tool, model):
         self.gate = tool._stacks[-1].gates[-1]  # backward comes to it first
         self.parameter = lora_pairs(self.gate)[0][1]  # B
-        self.after_backward = []  # version of its gradient then; no cycle through the hook
-        self.rows = None  # some of its rows as they should be at the next pass, if it is a rare one
-        self.passes = 0
-        self.depth = 0  # in how many whole modules a pass is
-        self.no_grad = False  # whether it began without gradients
         self.adapters = self.active()
+        self.after_backward = []  # version of its gradient then; no cycle through the hook
+        self.rows = None  # some of its rows, as they were left
+        self.passes = 0
+        self.begun = []  # for each whole module that a pass is in, whether it began with gradients
+        self.waiting = []  # what to call when backward reaches the pass
         tool._handles.append(self.parameter.register_post_accumulate_grad_hook(
             partial(note_version, self.after_backward)))
         for m in whole_modules(model, tool._stacks):
@@ -1008,13 +987,26 @@ class Watch:
                               m.register_forward_hook(Hook(self.end_pass), always_call=True)]
 
     def begin_pass(self, module, inputs):
-        if not self.depth:
-            self.no_grad = not torch.is_grad_enabled()
-        self.depth += 1
+        if not self.begun:
+            self.waiting = []
+        self.begun.append(torch.is_grad_enabled())
 
     def end_pass(self, module, output):
-        self.depth -= 1
-        self.no_grad = self.no_grad and self.depth > 0
+        self.begun.pop()
+        for t in torch.utils._pytree.tree_leaves(output) if self.waiting else []:
+            if getattr(t, "grad_fn", None):
+                t.register_hook(partial(count_all, self.waiting))
+
+    def trains(self):
+        """Whether a gate without gradients is under gradient checkpointing, in a pass with them."""
+        return len(self.begun) > 0 and all(self.begun)
+
+    def when_reached(self, z, call):
+        """Calls when backward reaches z, or the output of its pass if z has no gradients."""
+        if z.requires_grad:
+            z.register_hook(call)
+        else:
+            self.waiting.append(call)
 
     def forget(self):
         self.after_backward.clear()
@@ -1023,19 +1015,20 @@ class Watch:
         return list(getattr(self.gate, "active_adapters", []))
 
     def after_step(self):
-        self.depth = 0  # should a pass have been interrupted
-        rare = (self.passes + 1).bit_count() == 1
-        self.rows = local(self.parameter)[:8].clone() if rare else None
+        self.begun.clear()  # should a pass have been interrupted
+        self.note_rows()
+
+    def note_rows(self):
+        self.rows = local(self.parameter)[:8].nan_to_num()
 
     def look(self, gate):
         """At a pass that trains: warns of other adapters and of steps by others. True if the
         gradients since the last step were thrown away."""
         if gate is self.gate:
             self.compare()
-        if not self.after_backward:
-            return False
         grad = self.parameter.grad
-        return grad is None or self.after_backward != [grad._version] and not grad.any()
+        return self.after_backward and (
+            grad is None or self.after_backward != [grad._version] and not grad.any())
 
     def compare(self):
         if self.adapters != self.active():
@@ -1045,12 +1038,12 @@ class Watch:
         self.passes += 1
         if self.passes.bit_count() > 1:
             return  # the device is waited for at passes 1, 2, 4, 8, ... alone
-        now = local(self.parameter)[:8].clone()
-        if self.rows is not None and not torch.equal(self.rows.nan_to_num(), now.nan_to_num()):
+        left = self.rows
+        self.note_rows()
+        if left is not None and not torch.equal(left, self.rows):
             warnings.warn("Something else moved the LoRA parameters after NALoRA's step: another "
                           "optimizer, or one that steps copies (ZeRO). Give NALoRA the one whose "
                           "step() moves them, after it has been wrapped.")
-        self.rows = now
 
 def NALoRACallback(config=None, gate=GATES, act=None):
     """A callback for transformers' Trainer and TRL's: `callbacks=[NALoRACallback()]` makes NALoRA
@@ -1060,20 +1053,17 @@ def NALoRACallback(config=None, gate=GATES, act=None):
     from transformers import TrainerCallback
 
     class Callback(TrainerCallback):
-        handles = []
-
         def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
             before = getattr(getattr(optimizer, "optimizer", optimizer), "nalora", None)
             if before:  # a training with this optimizer was interrupted
                 before.remove()
-            self.on_train_end()
             self.nalora = NALoRA(model, optimizer, config, gate, act)
             if before:
                 self.nalora.load_state_dict(before.state_dict())
-            self.handles = [self.nalora]
             if self.nalora._handles:  # else it is plain LoRA
-                self.handles += [m.register_forward_pre_hook(self.before_pass, with_kwargs=True)
-                                 for m in whole_modules(model, self.nalora._stacks)]
+                self.nalora._handles += [
+                    m.register_forward_pre_hook(self.before_pass, with_kwargs=True)
+                    for m in whole_modules(model, self.nalora._stacks)]
 
         @torch.compiler.disable
         def before_pass(self, module, args, kwargs):
@@ -1081,12 +1071,11 @@ def NALoRACallback(config=None, gate=GATES, act=None):
             mask = {**given.get("kwargs", {}), **given}.get("attention_mask")
             if isinstance(mask, Tensor) and mask.dim() == 2:
                 self.nalora.token_mask = mask
-            elif self.nalora._watch.depth == 1:  # no module around this one had a mask
+            elif len(self.nalora._watch.begun) == 1:  # no module around this one had a mask
                 self.nalora.token_mask = None
 
         def on_train_end(self, *args, **kwargs):
-            for handle in self.handles:
-                handle.remove()
+            self.nalora.remove()
 
     return Callback()
 
