@@ -228,17 +228,16 @@ class NALoRA:
         return self._said
 
     def _see(self, stack, token_mask, start, z):
-        """Samples what an FFN of a stack passes to its activation, z (..., F), in a pass that
-        trains: [(T, F), weight (T,)]. start: number of its first token since the last step."""
+        """Samples what FFNs of a stack pass to their activation, z (..., F): (T, F), weight (T,).
+        start: number of its first token since the last step."""
         every = slice((self._steps - start) % self.config.stride, None, self.config.stride)
-        sample = z.detach().flatten(0, -2)[every]  # (T, F)
-        sample = sample.to(stack.state.importance, copy=True)
+        sample = z.detach().flatten(0, -2)[every].to(stack.state.importance, copy=True)  # (T, F)
         weight = sample.new_ones(len(sample))  # (T,)
         if token_mask is not None:
             weight = token_mask.flatten()[every].ne(0).to(weight)
-        return [sample, weight]
+        return sample, weight
 
-    def _keep(self, stack, i, sample, grad=None):
+    def _keep(self, stack, i, sample, *grad):
         """Backward has reached a pass of FFN i, so that it counts."""
         if i in stack.samples:  # of another microbatch
             self._add_up()
@@ -279,7 +278,7 @@ class NALoRA:
             after = local(p)
             after.copy_(correct(before, after, factor))
         self._before = None
-        self._watch.after_step()
+        self._watch.note_rows()
 
     def _forget(self):  # at the end of a step, or when its gradients were thrown away
         for part in (self._watch, *self._observers, *self._stacks):
@@ -854,9 +853,6 @@ def keep_in_checkpoints(tool, optimizer):
 
 # -- hooks: which passes count, and what goes past NALoRA ------------------------------------------
 
-def in_backward():
-    return torch._C._current_graph_task_id() != -1
-
 class Observer:
     """The hooks of one FFN: they sample each pass that trains, z as the activation receives it, or
     else, where that cannot be seen, as the gate gives it."""
@@ -878,21 +874,25 @@ class Observer:
 
     def after_gate(self, gate, z):
         """Forward hook of the gate. Evaluation, passes of the base model and passes under no_grad
-        leave no trace. What gradient checkpointing computes again was seen the first time."""
+        leave no trace, unless no_grad is gradient checkpointing's, within a pass with gradients."""
         self.pending = None
-        watch = self.tool._watch
+        tool = self.tool
+        waiting = tool._watch.waiting[-1]
         if (not gate.training or getattr(gate, "disable_adapters", False)
-                or not (z.requires_grad or watch.trains())):
+                or not z.requires_grad and waiting is None):
             return
-        sample = see = None
-        if not in_backward():
-            if not self.tool._closure and watch.look(gate):
-                self.tool._forget()
-            mask = self.fitting(self.tool.token_mask, z)
-            see = partial(self.tool._see, self.stack, mask, self.stack.seen[self.i])
-            sample = see(z) if self.stack.rows is None else []
+        sample = []
+        see = None
+        if torch._C._current_graph_task_id() == -1:  # else a checkpoint computes again in backward
+            if not tool._closure and tool._watch.look(gate):
+                tool._forget()
+            mask = self.fitting(tool.token_mask, z)
+            see = partial(tool._see, self.stack, mask, self.stack.seen[self.i])
             self.stack.seen[self.i] += z.shape[:-1].numel()
-            watch.when_reached(z, partial(self.tool._keep, self.stack, self.i, sample))
+            if self.stack.rows is None:
+                sample += see(z)
+            when_reached = z.register_hook if z.requires_grad else waiting.append
+            when_reached(partial(tool._keep, self.stack, self.i, sample))
         if self.stack.acts[self.i]:
             self.pending = (z, sample, see)
 
@@ -904,9 +904,10 @@ class Observer:
         output, sample, see = self.pending
         self.pending = None
         if inputs[0] is not output:  # a part of it, or changed on the way
+            sample.clear()  # find_rows goes backward, too
             self.find_rows(inputs[0], output)
             if see:
-                sample[:] = see(inputs[0])
+                sample += see(inputs[0])
 
     def fitting(self, mask, z):
         """The token mask if it is of gates z. In a model of several towers it is one tower's; in an
@@ -920,18 +921,18 @@ class Observer:
                f"see tokens {tuple(z.shape[:-1])}: set it before each pass, or to None.")
 
     def find_rows(self, z, output):
-        """Which rows of B make the activation's input: autograd tells, once, which entries of the
-        gate's output it is made of. ValueError if it is made of others."""
+        """Asks autograd, once, which rows of B make the activation's input z."""
         if self.looked or not z.numel() or not z.requires_grad:
             return
         self.looked = True
-        stack = self.stack
+        self.refuse_gate(not output.requires_grad)
         grad, = torch.autograd.grad(z.sum(), output, retain_graph=True, allow_unused=True)
-        self.refuse_gate(grad is None or z.size(-1) != stack.state.mask.size(-1))
-        rows = grad.flatten(0, -2).ne(0).any(0).nonzero().flatten()
-        if stack.rows is not None:
-            self.refuse_gate(len(rows) != len(stack.rows))
-            stack.rows = rows
+        width = self.stack.state.mask.size(-1)
+        self.refuse_gate(grad is None or z.size(-1) != width)
+        if self.stack.rows is not None:
+            rows = grad.flatten(0, -2).ne(0).any(0).nonzero().flatten()
+            self.refuse_gate(len(rows) != width)
+            self.stack.rows = rows
 
     def refuse_gate(self, wrong):
         refuse(wrong, f"In {self.stack.names[self.i]} the activation does not see the output of "
@@ -944,13 +945,13 @@ class Hook:
         self.call = call
 
     @torch.compiler.disable
-    def __call__(self, module, inputs, z=None):
+    def __call__(self, module, *seen):  # the inputs, and after a forward pass the output
         if self.call is not None:
-            return self.call(module, inputs if z is None else z)
+            return self.call(module, seen[-1])
         live = any(getattr(hook, "call", None) for hook in module._forward_hooks.values())
-        if isinstance(z, Tensor) and z.requires_grad and module.training and not live:
-            warnings.warn("This is a copy of a model that NALoRA steers; the copy trains as plain "
-                          "LoRA: make a NALoRA for it, or remove() the first before copying.")
+        if getattr(seen[-1], "requires_grad", False) and module.training and not live:
+            warnings.warn("NALoRA steers the model that this is a copy of, but the copy trains as "
+                          "plain LoRA: make a NALoRA for it.")
 
     def __reduce__(self):
         return Hook, ()
@@ -958,68 +959,44 @@ class Hook:
 def note_version(versions, parameter):
     versions[:] = [parameter.grad._version]
 
-def count_all(waiting, grad):
+def call_all(waiting, grad):
     while waiting:
         waiting.pop()()
 
-def whole_modules(model, stacks):
-    """The modules that hold all gates: the model, and the model in a wrapper such as PEFT's."""
-    gates = {gate for stack in stacks for gate in stack.gates}
-    return [m for m in model.modules() if gates.issubset(m.modules())]
-
 class Watch:
-    """Notices what goes past NALoRA: passes under no_grad, steps of others, other adapters,
-    gradients thrown away."""
+    """Knows which pass is under way, and notices what goes past NALoRA: steps of others, other
+    adapters, gradients thrown away."""
 
     def __init__(self, tool, model):
         self.gate = tool._stacks[-1].gates[-1]  # backward comes to it first
         self.parameter = lora_pairs(self.gate)[0][1]  # B
-        self.adapters = self.active()
         self.after_backward = []  # version of its gradient then; no cycle through the hook
-        self.rows = None  # some of its rows, as they were left
+        self.rows = None  # some of its rows as they should be at the next pass
         self.passes = 0
-        self.begun = []  # for each whole module that a pass is in, whether it began with gradients
-        self.waiting = []  # what to call when backward reaches the pass
+        self.adapters = self.active()
+        # For each module that a pass is in, what to call when backward reaches its output, or None
+        # if it began without gradients.
+        self.waiting = [None]
         tool._handles.append(self.parameter.register_post_accumulate_grad_hook(
             partial(note_version, self.after_backward)))
-        for m in whole_modules(model, tool._stacks):
+        gates = {gate for stack in tool._stacks for gate in stack.gates}
+        self.whole = [m for m in model.modules() if gates.issubset(m.modules())]  # and wrappers
+        for m in self.whole:
             tool._handles += [m.register_forward_pre_hook(Hook(self.begin_pass)),
                               m.register_forward_hook(Hook(self.end_pass), always_call=True)]
 
     def begin_pass(self, module, inputs):
-        if not self.begun:
-            self.waiting = []
-        self.begun.append(torch.is_grad_enabled())
+        self.waiting.append([] if torch.is_grad_enabled() else None)
 
     def end_pass(self, module, output):
-        self.begun.pop()
-        for t in torch.utils._pytree.tree_leaves(output) if self.waiting else []:
-            if getattr(t, "grad_fn", None):
-                t.register_hook(partial(count_all, self.waiting))
-
-    def trains(self):
-        """Whether a gate without gradients is under gradient checkpointing, in a pass with them."""
-        return len(self.begun) > 0 and all(self.begun)
-
-    def when_reached(self, z, call):
-        """Calls when backward reaches z, or the output of its pass if z has no gradients."""
-        if z.requires_grad:
-            z.register_hook(call)
-        else:
-            self.waiting.append(call)
-
-    def forget(self):
-        self.after_backward.clear()
+        waiting = self.waiting.pop()
+        if waiting:
+            for t in torch.utils._pytree.tree_leaves(output):
+                if getattr(t, "grad_fn", None):
+                    t.register_hook(partial(call_all, waiting))
 
     def active(self):
         return list(getattr(self.gate, "active_adapters", []))
-
-    def after_step(self):
-        self.begun.clear()  # should a pass have been interrupted
-        self.note_rows()
-
-    def note_rows(self):
-        self.rows = local(self.parameter)[:8].nan_to_num()
 
     def look(self, gate):
         """At a pass that trains: warns of other adapters and of steps by others. True if the
@@ -1036,14 +1013,19 @@ class Watch:
             warnings.warn("Other adapters are active than when this NALoRA was made, and train as "
                           "plain LoRA: remove() it and make a new one.")
         self.passes += 1
-        if self.passes.bit_count() > 1:
-            return  # the device is waited for at passes 1, 2, 4, 8, ... alone
-        left = self.rows
-        self.note_rows()
-        if left is not None and not torch.equal(left, self.rows):
-            warnings.warn("Something else moved the LoRA parameters after NALoRA's step: another "
-                          "optimizer, or one that steps copies (ZeRO). Give NALoRA the one whose "
-                          "step() moves them, after it has been wrapped.")
+        if self.passes.bit_count() == 1:  # the device is waited for at passes 1, 2, 4, 8, ... alone
+            before = self.rows
+            self.note_rows()
+            if before is not None and not torch.equal(before, self.rows):
+                warnings.warn("Something else moved the LoRA parameters after NALoRA's step: give "
+                              "NALoRA the optimizer whose step() moves them, once it is wrapped.")
+
+    def note_rows(self):
+        """Called after each step, too."""
+        self.rows = local(self.parameter)[:8].nan_to_num()
+
+    def forget(self):
+        self.after_backward.clear()
 
 def NALoRACallback(config=None, gate=GATES, act=None):
     """A callback for transformers' Trainer and TRL's: `callbacks=[NALoRACallback()]` makes NALoRA
@@ -1057,21 +1039,20 @@ def NALoRACallback(config=None, gate=GATES, act=None):
             before = getattr(getattr(optimizer, "optimizer", optimizer), "nalora", None)
             if before:  # a training with this optimizer was interrupted
                 before.remove()
+                optimizer.param_groups[0]["nalora"] = before.state_dict()
             self.nalora = NALoRA(model, optimizer, config, gate, act)
-            if before:
-                self.nalora.load_state_dict(before.state_dict())
             if self.nalora._handles:  # else it is plain LoRA
                 self.nalora._handles += [
                     m.register_forward_pre_hook(self.before_pass, with_kwargs=True)
-                    for m in whole_modules(model, self.nalora._stacks)]
+                    for m in self.nalora._watch.whole]
 
         @torch.compiler.disable
         def before_pass(self, module, args, kwargs):
-            given = signature(module.forward).bind_partial(*args, **kwargs).arguments
-            mask = {**given.get("kwargs", {}), **given}.get("attention_mask")
+            given = signature(module.forward).bind_partial(*args).arguments | kwargs
+            mask = given.get("attention_mask")
             if isinstance(mask, Tensor) and mask.dim() == 2:
                 self.nalora.token_mask = mask
-            elif len(self.nalora._watch.begun) == 1:  # no module around this one had a mask
+            elif len(self.nalora._watch.waiting) == 2:  # no module around this one had a mask
                 self.nalora.token_mask = None
 
         def on_train_end(self, *args, **kwargs):

@@ -130,6 +130,16 @@ def test_a_fused_layer_may_leave_its_activation_out_in_a_pass():
     assert tool.state_dict()["steps"] == 2
 
 
+def test_a_changed_gate_counts_once_in_its_first_pass():
+    """Though NALoRA goes backward once itself, to see what the activation's input is made of."""
+    model = other_model(change=lambda z: 2 * z)
+    tool = NALoRA(model, sgd(model), NALoRAConfig(stride=1))
+    for _ in range(2):
+        model.forward(torch.randn(2, 5, 8)).sum().backward()
+    tool._add_up()
+    assert tool._stacks[0].sums.tokens.tolist() == [20, 20]
+
+
 def in_blocks(layers):
     """FFNs as most models hold them: each in a block."""
     blocks = nn.ModuleList(nn.Module() for _ in layers)
