@@ -877,7 +877,7 @@ class Observer:
         leave no trace, unless no_grad is gradient checkpointing's, within a pass with gradients."""
         self.pending = None
         tool = self.tool
-        waiting = tool._watch.waiting[-1]
+        waiting = next(reversed(tool._watch.waiting.values()), None)  # of the innermost
         if (not gate.training or getattr(gate, "disable_adapters", False)
                 or not z.requires_grad and waiting is None):
             return
@@ -974,9 +974,8 @@ class Watch:
         self.rows = None  # some of its rows as they should be at the next pass
         self.passes = 0
         self.adapters = self.active()
-        # For each module that a pass is in, what to call when backward reaches its output, or None
-        # if it began without gradients.
-        self.waiting = [None]
+        # {whole module in a pass: calls for when backward reaches its output, None under no_grad}
+        self.waiting = {}
         tool._handles.append(self.parameter.register_post_accumulate_grad_hook(
             partial(note_version, self.after_backward)))
         gates = {gate for stack in tool._stacks for gate in stack.gates}
@@ -986,10 +985,10 @@ class Watch:
                               m.register_forward_hook(Hook(self.end_pass), always_call=True)]
 
     def begin_pass(self, module, inputs):
-        self.waiting.append([] if torch.is_grad_enabled() else None)
+        self.waiting[module] = [] if torch.is_grad_enabled() else None
 
     def end_pass(self, module, output):
-        waiting = self.waiting.pop()
+        waiting = self.waiting.pop(module, None)
         if waiting:
             for t in torch.utils._pytree.tree_leaves(output):
                 if getattr(t, "grad_fn", None):
@@ -1052,7 +1051,7 @@ def NALoRACallback(config=None, gate=GATES, act=None):
             mask = given.get("attention_mask")
             if isinstance(mask, Tensor) and mask.dim() == 2:
                 self.nalora.token_mask = mask
-            elif len(self.nalora._watch.waiting) == 2:  # no module around this one had a mask
+            elif len(self.nalora._watch.waiting) == 1:  # no module around this one had a mask
                 self.nalora.token_mask = None
 
         def on_train_end(self, *args, **kwargs):
