@@ -899,7 +899,7 @@ class Observer:
     def before_act(self, act, inputs):
         """Forward pre-hook of the activation: is its input the gate's output as it is?"""
         if self.pending is None:
-            self.early = self.early or act.training and inputs[0].requires_grad
+            self.early |= act.training and inputs[0].requires_grad
             return
         output, sample, see = self.pending
         self.pending = None
