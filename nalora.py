@@ -227,22 +227,22 @@ class NALoRA:
     def __repr__(self):
         return self._said
 
-    def _see(self, stack, i, z, token_mask, start):
-        """Samples what FFN i of a stack passes to its activation, z (..., F): called in each pass
-        that trains. start: number of its first token since the last step."""
+    def _see(self, stack, token_mask, start, z):
+        """Samples what FFNs of a stack pass to their activation, z (..., F): (T, F), weight (T,).
+        start: number of its first token since the last step."""
         every = slice((self._steps - start) % self.config.stride, None, self.config.stride)
-        sample = z.detach().flatten(0, -2)[every]  # (T, F)
-        sample = sample.to(stack.state.importance, copy=True)
+        sample = z.detach().flatten(0, -2)[every].to(stack.state.importance, copy=True)  # (T, F)
         weight = sample.new_ones(len(sample))  # (T,)
         if token_mask is not None:
             weight = token_mask.flatten()[every].ne(0).to(weight)
-        return z.register_hook(partial(self._keep, stack, i, sample, weight))
+        return sample, weight
 
-    def _keep(self, stack, i, sample, weight, grad):
-        """Backward has reached the gates of a pass, so that it counts."""
+    def _keep(self, stack, i, sample, *grad):
+        """Backward has reached a pass of FFN i, so that it counts."""
         if i in stack.samples:  # of another microbatch
             self._add_up()
-        stack.samples[i] = (sample, weight)
+        if sample:
+            stack.samples[i] = sample
 
     def _add_up(self):
         """Adds the sums over the samples of one pass to those of the step, a stack at a time."""
@@ -278,7 +278,7 @@ class NALoRA:
             after = local(p)
             after.copy_(correct(before, after, factor))
         self._before = None
-        self._watch.after_step()
+        self._watch.note_rows()
 
     def _forget(self):  # at the end of a step, or when its gradients were thrown away
         for part in (self._watch, *self._observers, *self._stacks):
@@ -826,12 +826,9 @@ def keep_in_checkpoints(tool, optimizer):
 
 # -- hooks: which passes count, and what goes past NALoRA ------------------------------------------
 
-def in_backward():
-    return torch._C._current_graph_task_id() != -1
-
 class Observer:
-    """The hooks of one FFN: they call tool._see once for each pass that trains, with z as the
-    activation receives it, or else, where that cannot be seen, as the gate gives it."""
+    """The hooks of one FFN: they sample each pass that trains, z as the activation receives it, or
+    else, where that cannot be seen, as the gate gives it."""
 
     def __init__(self, tool, stack, i):
         self.tool = tool
@@ -845,66 +842,45 @@ class Observer:
             tool._handles.append(stack.acts[i].register_forward_pre_hook(hook))
 
     def forget(self):
-        # Of passes that backward will compute again: (token_mask, start, tokens, end of z).
-        self.unseen = []
-        self.pending = None  # until the activation comes: (gate's output, hook, token_mask, start)
+        self.pending = None  # until the activation comes: (gate's output, its sample, how to see z)
         self.early = False  # whether the activation came without one
 
     def after_gate(self, gate, z):
         """Forward hook of the gate. Evaluation, passes of the base model and passes under no_grad
-        leave no trace."""
+        leave no trace, unless no_grad is gradient checkpointing's, within a pass with gradients."""
         self.pending = None
-        found = None
-        if in_backward():
-            found = self.recomputed(z)
-        elif gate.training and not (getattr(gate, "disable_adapters", False)
-                                    or self.tool._watch.no_grad):
-            if not self.tool._closure and self.tool._watch.look(gate):
-                self.tool._forget()
-            found = self.first_seen(z)
-        if found:
-            token_mask, start = found
-            token_mask = self.fitting(token_mask, z)
-            seen = self.stack.seen
-            seen[self.i] = max(seen[self.i], start + z.shape[:-1].numel())
-            fused = self.stack.fused
-            hook = None if fused else self.tool._see(self.stack, self.i, z, token_mask, start)
-            self.pending = (z, hook, token_mask, start) if self.stack.acts[self.i] else None
+        tool = self.tool
+        waiting = next(reversed(tool._watch.waiting.values()), None)  # of the innermost
+        if (not gate.training or getattr(gate, "disable_adapters", False)
+                or not z.requires_grad and waiting is None):
+            return
+        sample = []
+        see = None
+        if torch._C._current_graph_task_id() == -1:  # else a checkpoint computes again in backward
+            if not tool._closure and tool._watch.look(gate):
+                tool._forget()
+            mask = self.fitting(tool.token_mask, z)
+            see = partial(tool._see, self.stack, mask, self.stack.seen[self.i])
+            self.stack.seen[self.i] += z.shape[:-1].numel()
+            if not self.stack.fused:
+                sample += see(z)
+            when_reached = z.register_hook if z.requires_grad else waiting.append
+            when_reached(partial(tool._keep, self.stack, self.i, sample))
+        if self.stack.acts[self.i]:
+            self.pending = (z, sample, see)
 
     def before_act(self, act, inputs):
         """Forward pre-hook of the activation: is its input the gate's output as it is?"""
         if self.pending is None:
-            self.early = self.early or act.training and inputs[0].requires_grad
+            self.early |= act.training and inputs[0].requires_grad
             return
-        output, hook, token_mask, start = self.pending
+        output, sample, see = self.pending
         self.pending = None
         if inputs[0] is not output:  # a part of it, or changed on the way
-            if hook:
-                hook.remove()
+            sample.clear()  # find_rows goes backward, too
             self.find_rows(inputs[0], output)
-            self.tool._see(self.stack, self.i, inputs[0], token_mask, start)
-
-    def first_seen(self, z):
-        """(token_mask, number of the first token) of a pass that trains. Under one kind of gradient
-        checkpointing it has no gradients yet: then it waits in `unseen` until it is computed again
-        during backward, and nothing is returned."""
-        start = self.stack.seen[self.i] + sum(tokens for _, _, tokens, _ in self.unseen)
-        if z.requires_grad:
-            return self.tool.token_mask, start
-        end = z.detach().flatten()[-8:].clone()
-        self.unseen.append((self.tool.token_mask, start, z.shape[:-1].numel(), end))
-
-    def recomputed(self, z):
-        """As `first_seen`, of a pass that waited. The other kind of checkpointing had gradients the
-        first time, too."""
-        if not z.requires_grad:
-            return None
-        tokens = z.shape[:-1].numel()
-        fits = [k for k, waiting in enumerate(self.unseen) if waiting[2] == tokens]
-        if len(fits) > 1:
-            end = z.detach().flatten()[-8:]
-            fits = [k for k in fits if torch.equal(self.unseen[k][3], end)] or fits
-        return self.unseen.pop(fits[-1])[:2] if fits else None
+            if see:
+                sample += see(inputs[0])
 
     def fitting(self, mask, z):
         """The token mask if it is of gates z. In a model of several towers it is one tower's; in an
@@ -918,18 +894,18 @@ class Observer:
                f"see tokens {tuple(z.shape[:-1])}: set it before each pass, or to None.")
 
     def find_rows(self, z, output):
-        """Which rows of B make the activation's input: autograd tells, once, which entries of the
-        gate's output it is made of. ValueError if it is made of others."""
-        if self.looked or not z.numel():
+        """Asks autograd, once, which rows of B make the activation's input z."""
+        if self.looked or not z.numel() or not z.requires_grad:
             return
         self.looked = True
-        stack = self.stack
+        self.refuse_gate(not output.requires_grad)
         grad, = torch.autograd.grad(z.sum(), output, retain_graph=True, allow_unused=True)
-        self.refuse_gate(grad is None or z.size(-1) != stack.state.mask.size(-1))
-        rows = grad.flatten(0, -2).ne(0).any(0).nonzero().flatten()
-        if stack.fused:
-            self.refuse_gate(len(rows) != len(stack.rows))
-            stack.rows = rows
+        width = self.stack.state.mask.size(-1)
+        self.refuse_gate(grad is None or z.size(-1) != width)
+        if self.stack.fused:
+            rows = grad.flatten(0, -2).ne(0).any(0).nonzero().flatten()
+            self.refuse_gate(len(rows) != width)
+            self.stack.rows = rows
 
     def refuse_gate(self, wrong):
         refuse(wrong, f"In {self.stack.names[self.i]} the activation does not see the output of "
@@ -942,13 +918,13 @@ class Hook:
         self.call = call
 
     @torch.compiler.disable
-    def __call__(self, module, inputs, z=None):
+    def __call__(self, module, *seen):  # the inputs, and after a forward pass the output
         if self.call is not None:
-            return self.call(module, inputs if z is None else z)
+            return self.call(module, seen[-1])
         live = any(getattr(hook, "call", None) for hook in module._forward_hooks.values())
-        if isinstance(z, Tensor) and z.requires_grad and module.training and not live:
-            warnings.warn("This is a copy of a model that NALoRA steers; the copy trains as plain "
-                          "LoRA: make a NALoRA for it, or remove() the first before copying.")
+        if getattr(seen[-1], "requires_grad", False) and module.training and not live:
+            warnings.warn("NALoRA steers the model that this is a copy of, but the copy trains as "
+                          "plain LoRA: make a NALoRA for it.")
 
     def __reduce__(self):
         return Hook, ()
@@ -956,59 +932,52 @@ class Hook:
 def note_version(versions, parameter):
     versions[:] = [parameter.grad._version]
 
-def whole_modules(model, stacks):
-    """The modules that hold all gates: the model, and the model in a wrapper such as PEFT's."""
-    gates = {gate for stack in stacks for gate in stack.gates}
-    return [m for m in model.modules() if gates.issubset(m.modules())]
+def call_all(waiting, grad):
+    while waiting:
+        waiting.pop()()
 
 class Watch:
-    """Notices what goes past NALoRA: passes under no_grad, steps of others, other adapters,
-    gradients thrown away."""
+    """Knows which pass is under way, and notices what goes past NALoRA: steps of others, other
+    adapters, gradients thrown away."""
 
     def __init__(self, tool, model):
         self.gate = tool._stacks[-1].gates[-1]  # backward comes to it first
         self.parameter = lora_pairs(self.gate)[0][1]  # B
         self.after_backward = []  # version of its gradient then; no cycle through the hook
-        self.rows = None  # some of its rows as they should be at the next pass, if it is a rare one
+        self.rows = None  # some of its rows as they should be at the next pass
         self.passes = 0
-        self.depth = 0  # in how many whole modules a pass is
-        self.no_grad = False  # whether it began without gradients
         self.adapters = self.active()
+        # {whole module in a pass: calls for when backward reaches its output, None under no_grad}
+        self.waiting = {}
         tool._handles.append(self.parameter.register_post_accumulate_grad_hook(
             partial(note_version, self.after_backward)))
-        for m in whole_modules(model, tool._stacks):
+        gates = {gate for stack in tool._stacks for gate in stack.gates}
+        self.whole = [m for m in model.modules() if gates.issubset(m.modules())]  # and wrappers
+        for m in self.whole:
             tool._handles += [m.register_forward_pre_hook(Hook(self.begin_pass)),
                               m.register_forward_hook(Hook(self.end_pass), always_call=True)]
 
     def begin_pass(self, module, inputs):
-        if not self.depth:
-            self.no_grad = not torch.is_grad_enabled()
-        self.depth += 1
+        self.waiting[module] = [] if torch.is_grad_enabled() else None
 
     def end_pass(self, module, output):
-        self.depth -= 1
-        self.no_grad = self.no_grad and self.depth > 0
-
-    def forget(self):
-        self.after_backward.clear()
+        waiting = self.waiting.pop(module, None)
+        if waiting:
+            for t in torch.utils._pytree.tree_leaves(output):
+                if getattr(t, "grad_fn", None):
+                    t.register_hook(partial(call_all, waiting))
 
     def active(self):
         return list(getattr(self.gate, "active_adapters", []))
-
-    def after_step(self):
-        self.depth = 0  # should a pass have been interrupted
-        rare = (self.passes + 1).bit_count() == 1
-        self.rows = local(self.parameter)[:8].clone() if rare else None
 
     def look(self, gate):
         """At a pass that trains: warns of other adapters and of steps by others. True if the
         gradients since the last step were thrown away."""
         if gate is self.gate:
             self.compare()
-        if not self.after_backward:
-            return False
         grad = self.parameter.grad
-        return grad is None or self.after_backward != [grad._version] and not grad.any()
+        return self.after_backward and (
+            grad is None or self.after_backward != [grad._version] and not grad.any())
 
     def compare(self):
         if self.adapters != self.active():
@@ -1016,14 +985,19 @@ class Watch:
             warnings.warn("Other adapters are active than when this NALoRA was made, and train as "
                           "plain LoRA: remove() it and make a new one.")
         self.passes += 1
-        if self.passes.bit_count() > 1:
-            return  # the device is waited for at passes 1, 2, 4, 8, ... alone
-        now = local(self.parameter)[:8].clone()
-        if self.rows is not None and not torch.equal(self.rows.nan_to_num(), now.nan_to_num()):
-            warnings.warn("Something else moved the LoRA parameters after NALoRA's step: another "
-                          "optimizer, or one that steps copies (ZeRO). Give NALoRA the one whose "
-                          "step() moves them, after it has been wrapped.")
-        self.rows = now
+        if self.passes.bit_count() == 1:  # the device is waited for at passes 1, 2, 4, 8, ... alone
+            before = self.rows
+            self.note_rows()
+            if before is not None and not torch.equal(before, self.rows):
+                warnings.warn("Something else moved the LoRA parameters after NALoRA's step: give "
+                              "NALoRA the optimizer whose step() moves them, once it is wrapped.")
+
+    def note_rows(self):
+        """Called after each step, too."""
+        self.rows = local(self.parameter)[:8].nan_to_num()
+
+    def forget(self):
+        self.after_backward.clear()
 
 def NALoRACallback(config=None, gate=GATES, act=None):
     """A callback for transformers' Trainer and TRL's: `callbacks=[NALoRACallback()]` makes NALoRA
@@ -1033,33 +1007,28 @@ def NALoRACallback(config=None, gate=GATES, act=None):
     from transformers import TrainerCallback
 
     class Callback(TrainerCallback):
-        handles = []
-
         def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
             before = getattr(getattr(optimizer, "optimizer", optimizer), "nalora", None)
             if before:  # a training with this optimizer was interrupted
                 before.remove()
-            self.on_train_end()
+                optimizer.param_groups[0]["nalora"] = before.state_dict()
             self.nalora = NALoRA(model, optimizer, config, gate, act)
-            if before:
-                self.nalora.load_state_dict(before.state_dict())
-            self.handles = [self.nalora]
             if self.nalora._handles:  # else it is plain LoRA
-                self.handles += [m.register_forward_pre_hook(self.before_pass, with_kwargs=True)
-                                 for m in whole_modules(model, self.nalora._stacks)]
+                self.nalora._handles += [
+                    m.register_forward_pre_hook(self.before_pass, with_kwargs=True)
+                    for m in self.nalora._watch.whole]
 
         @torch.compiler.disable
         def before_pass(self, module, args, kwargs):
-            given = signature(module.forward).bind_partial(*args, **kwargs).arguments
-            mask = {**given.get("kwargs", {}), **given}.get("attention_mask")
+            given = signature(module.forward).bind_partial(*args).arguments | kwargs
+            mask = given.get("attention_mask")
             if isinstance(mask, Tensor) and mask.dim() == 2:
                 self.nalora.token_mask = mask
-            elif self.nalora._watch.depth == 1:  # no module around this one had a mask
+            elif len(self.nalora._watch.waiting) == 1:  # no module around this one had a mask
                 self.nalora.token_mask = None
 
         def on_train_end(self, *args, **kwargs):
-            for handle in self.handles:
-                handle.remove()
+            self.nalora.remove()
 
     return Callback()
 

@@ -1,6 +1,7 @@
 """When NALoRA's hooks count, forget, ask and warn: cases that mutants once survived."""
 
 import copy
+import functools
 import sys
 import warnings
 from pathlib import Path
@@ -128,6 +129,39 @@ def test_a_fused_layer_may_leave_its_activation_out_in_a_pass():
     model.forward(torch.randn(2, 5, 8)).sum().backward()
     opt.step()
     assert tool.state_dict()["steps"] == 2
+
+
+def test_a_changed_gate_counts_once_in_its_first_pass():
+    """Though NALoRA goes backward once itself, to see what the activation's input is made of."""
+    model = other_model(change=lambda z: 2 * z)
+    tool = NALoRA(model, sgd(model), NALoRAConfig(stride=1))
+    for _ in range(2):
+        model.forward(torch.randn(2, 5, 8)).sum().backward()
+    tool._add_up()
+    assert tool._stacks[0].sums.tokens.tolist() == [20, 20]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("layout", ["apart", "gate last"])
+def test_checkpointing_of_other_ffns_changes_nothing(layout, reentrant):
+    """Of gates that are changed, and of fused ones, whose rows are found in backward then."""
+
+    def run(again):
+        model = other_model(layout, change=lambda z: 2 * z)
+        for layer in model.layers if again else ():
+            layer.forward = functools.partial(
+                torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=reentrant
+            )
+        opt = sgd(model)
+        tool = NALoRA(model, opt, NALoRAConfig(stride=3))
+        torch.manual_seed(1)
+        losses = [model(torch.randn(2, n, 8, requires_grad=True)).sum() for n in (5, 4, 5)]
+        losses[2].backward(), losses[0].backward()  # one is never trained on
+        opt.step()
+        assert layout == "apart" or tool._stacks[0].rows[0] == 12
+        return model, opt, tool
+
+    ends_alike(run)
 
 
 def in_blocks(layers):

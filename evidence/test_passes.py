@@ -388,7 +388,7 @@ def test_parameters_that_are_not_a_number_are_not_those_of_another_optimizer():
     take_step(model, opt, 0)
     for p in lora_parameters(model):
         p.data.fill_(math.nan)
-    tool._watch.after_step()
+    tool._watch.note_rows()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(*batch(1))
