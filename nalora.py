@@ -1154,9 +1154,9 @@ def merge_lora(model):
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values())
     for name, layer in layers.items():
         weight = layer.base_layer.weight
-        refuse(weight.is_meta or not weight.is_floating_point(), f"The weight of {name} is "
-               "quantized or on the meta device: load the base in floating point to merge.")
-        refuse(owners[id(weight)] > 1, f"{name} is tied to a layer that would change with it.")
+        refuse(owners[id(weight)] > 1 or weight.is_meta or not weight.is_floating_point(),
+               f"{name} is tied to a layer that would change with it, or quantized, or on the meta "
+               "device: load the base untied and in floating point to merge.")
     put(model, {layer: layer.base_layer for layer in layers.values()})
     for layer in layers.values():
         layer.base_layer.weight.copy_(layer.weight)
@@ -1251,16 +1251,16 @@ def load_adapter(model, directory):
     wrong = sorted(shapes(tensors).items() ^ shapes(adapter_tensors(layers)).items())
     refuse(wrong or not alike or not tensors or len(tensors) < len(stored),
            f"The adapter in {directory} (rank {rank}, alpha {alpha}) is not complete, does not fit "
-           "this model (other module names or shapes) or differs from the LoRA already in the model: "
-           f"see {wrong[:2]}.")
-    if (directory / "nalora.json").exists():
-        norms = read_json(directory / "nalora.json").get("base")
-        here = fingerprint(layers)
-        same = isinstance(norms, dict) and all(
-            type(norm) is float and math.isclose(norm, here.get(name, norm), rel_tol=0.01)
-            for name, norm in norms.items())
-        refuse(not same, f"The adapter in {directory} was trained on another base model: the norms "
-               "of its weights in nalora.json are not this model's.")
+           "this model (other module names or shapes) or differs from the LoRA already in the "
+           f"model: see {wrong[:2]}.")
+    record = directory / "nalora.json"
+    norms = read_json(record).get("base") if record.exists() else {}
+    here = fingerprint(layers)
+    same = isinstance(norms, dict) and all(
+        type(norm) is float and math.isclose(norm, here.get(name, norm), rel_tol=0.01)
+        for name, norm in norms.items())
+    refuse(not same, f"The adapter in {directory} was trained on another base model: the norms of "
+           "its weights in nalora.json are not this model's.")
     if not has_lora(model):
         put_lora(model, layers)
     for key, t in adapter_tensors(layers).items():
