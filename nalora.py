@@ -1287,7 +1287,7 @@ PLAIN = {"bias": ["none"],
          "init_lora_weights": [True, "gaussian", "eva", "orthogonal"]}  # all on the same base
 
 def plain_sizes(config):
-    """(rank, alpha) as adapter_config.json has them. ValueError if it may be more than plain LoRA."""
+    """(rank, alpha) as in an adapter_config.json. ValueError if it may be more than plain LoRA."""
     more = [key for key, value in config.items()
             if value and key not in TOLD and value not in PLAIN.get(key, [])]
     refuse(more or config.get("peft_type") != "LORA", "adapter_config.json is of no plain LoRA "
