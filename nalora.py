@@ -332,14 +332,19 @@ class NALoRA:
 
 class LoRALinear(nn.Module):
     """y = base_layer(x) + (alpha / rank) B A x (arXiv 2106.09685); B = 0, a no-op, at the start.
-    base: nn.Linear, frozen here; A and B are float32. ValueError on a rank that does not fit."""
+    base: nn.Linear, which inject_lora freezes. A and B are float32. ValueError on a rank that does
+    not fit."""
 
     def __init__(self, base, rank, alpha):
         super().__init__()
-        check_size(base, rank, alpha)
+        most = min(base.in_features, base.out_features)
+        refuse(type(rank) is not int or not 1 <= rank <= most,
+               f"rank is {rank}, but {base} takes a whole number from 1 to {most}.")
+        refuse(type(alpha) not in (int, float) or not 0 < alpha < 1e12,
+               f"alpha is {alpha}, which makes no plain LoRA: give a number above zero.")
         A = torch.empty(rank, base.in_features, dtype=torch.float32, device=base.weight.device)
-        self.base_layer = base.requires_grad_(False)
-        self.train(base.training)
+        self.base_layer = base
+        self.training = base.training
         self.rank = rank
         self.alpha = alpha
         self.scaling = alpha / rank
@@ -370,7 +375,7 @@ def quick_gelu(z):
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "quick_gelu": quick_gelu, "relu": F.relu,
                "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
 
-@dataclass(frozen=True)
+@dataclass
 class LlamaConfig:
     """The fields of a Hugging Face config.json. ValueError where they make no Llama."""
     vocab_size: int
@@ -399,9 +404,8 @@ class LlamaConfig:
             unset = value is None and f.default is None
             refuse(not (fits or unset), f"{f.name} is {value!r}, which no Llama has.")
         heads = self.num_attention_heads
-        default = {"num_key_value_heads": heads, "head_dim": self.hidden_size // heads}
-        for name, value in default.items():
-            object.__setattr__(self, name, getattr(self, name) or value)
+        self.num_key_value_heads = self.num_key_value_heads or heads
+        self.head_dim = self.head_dim or self.hidden_size // heads
         refuse(heads % self.num_key_value_heads or self.head_dim % 2 or not self.head_dim,
                f"num_key_value_heads must divide {heads}, and head_dim must be even.")
         refuse(self.hidden_act not in ACTIVATIONS, f"hidden_act {self.hidden_act} is unknown here.")
@@ -560,8 +564,8 @@ class Llama(nn.Module):
         """Writes config.json and model.safetensors, in `dtype` if given. ValueError under LoRA."""
         refuse(has_lora(self), "This model carries LoRA: merge_lora(model), or save_adapter.")
         weights = {f"{name}.{key}": p.detach().to(dtype or p.dtype).contiguous()
-                   for name, m in own_modules(self).items() for key, p in m._parameters.items()
-                   if p is not None}
+                   for name, m in own_modules(self).items()
+                   for key, p in m.named_parameters(recurse=False)}
         if self.config.tie_word_embeddings:
             del weights["lm_head.weight"]
         stored = str(weights["model.norm.weight"].dtype).removeprefix("torch.")
@@ -1039,31 +1043,32 @@ def inject_lora(model, targets, rank=8, alpha=16):
     returns their module names. targets: module names, whole or from a dot on ("mlp.gate_proj").
     ValueError, with nothing changed, if one matches nothing or the model has LoRA."""
     refuse(has_lora(model), "This model carries LoRA already: merge_lora(model) first.")
+    targets = [targets] if isinstance(targets, str) else list(targets)
+    refuse(not targets, "No targets are given: name at least one linear layer.")
     linears = base_linears(model)
-    chosen = set()
-    for target in [targets] if isinstance(targets, str) else targets:
-        matches = {name for name in linears if f".{name}".endswith(f".{target}")}
-        refuse(not matches, f"The target {target!r} matches no linear layer; there are "
-               f"{', '.join(sorted({name.split('.')[-1] for name in linears}))}.")
-        chosen |= matches
-    refuse(not chosen, "No targets are given: name at least one linear layer, such as 'gate_proj'.")
-    put_lora(model, {name: m for name, m in linears.items() if name in chosen}, rank, alpha)
-    return [name for name in linears if name in chosen]  # in module order
+    for target in targets:
+        refuse(not named(linears, [target]), f"The target {target!r} matches no linear layer; "
+               f"there are {', '.join(sorted({name.split('.')[-1] for name in linears}))}.")
+    layers = {name: LoRALinear(linears[name], rank, alpha) for name in named(linears, targets)}
+    put_lora(model, layers)
+    return list(layers)
 
-def put_lora(model, chosen, rank, alpha):
-    """Puts LoRA on the layers of {name: nn.Linear}."""
-    refuse_shared(model, chosen)
-    for m in chosen.values():
-        check_size(m, rank, alpha)
+def named(names, targets):
+    """Those of `names` that `targets` name: a list as in inject_lora or, as PEFT has it, one
+    regular expression."""
+    if isinstance(targets, str):
+        with suppress(re.error):
+            return [name for name in names if re.fullmatch(targets, name)]
+    if isinstance(targets, list):
+        return [name for name in names if any(f".{name}".endswith(f".{t}") for t in targets)]
+    return []
+
+def put_lora(model, layers):
+    """Puts {name: LoRALinear} in the places of their base layers and freezes all else."""
+    put(model, {layer.base_layer: layer for layer in layers.values()})
     model.requires_grad_(False)
-    put(model, {m: LoRALinear(m, rank, alpha) for m in chosen.values()})
-
-def check_size(linear, rank, alpha):
-    most = min(linear.in_features, linear.out_features)
-    refuse(type(rank) is not int or not 1 <= rank <= most,
-           f"rank is {rank}, but {linear} takes a whole number from 1 to {most}.")
-    refuse(type(alpha) not in (int, float) or not 0 < alpha < 1e12,
-           f"alpha is {alpha}: the update is scaled by alpha / rank, so give a number above zero.")
+    for p in lora_parameters(model):
+        p.requires_grad_()
 
 def base_linears(model):
     """{name without LoRA: nn.Linear}."""
@@ -1089,49 +1094,40 @@ def merge_lora(model):
     no LoRA or a weight is quantized, tied or on the meta device."""
     layers = lora_layers(model)
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values())
-    refuse_shared(model, layers)
     for name, layer in layers.items():
         weight = layer.base_layer.weight
-        refuse(weight.is_meta or not weight.is_floating_point(), f"The weight of {name} is "
-               "quantized or on the meta device: load the base in floating point to merge.")
-        refuse(owners[id(weight)] > 1, f"{name} is tied to a layer that would change with it.")
-    for name, layer in layers.items():
-        layer.base_layer.weight.copy_(layer.weight)
+        refuse(owners[id(weight)] > 1 or weight.is_meta or not weight.is_floating_point(),
+               f"{name} is tied to a layer that would change with it, or quantized, or on the meta "
+               "device: load the base untied and in floating point to merge.")
     put(model, {layer: layer.base_layer for layer in layers.values()})
+    for layer in layers.values():
+        layer.base_layer.weight.copy_(layer.weight)
     return list(layers)
 
 def own_modules(model):
     """{name: module} under the model's own names, whatever wrappers stand around its parts: of
     torch.compile, DDP, FSDP or activation checkpointing."""
-    wrappers = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+    wrapped = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    modules = dict(model.named_modules())
-    skipped = {id(m.module) for m in modules.values() if isinstance(m, parallel)}
-    own = {"": ""}
-    for name, module in modules.items():
-        if name:
-            parent, _, part = name.rpartition(".")
-            skip = part in wrappers or id(module) in skipped
-            own[name] = own[parent] if skip else f"{own[parent]}.{part}".removeprefix(".")
-    return {own[name]: module for name, module in modules.items()}
+    names = {model: ""}
+    for m in model.modules():  # parents first
+        for part, child in m.named_children():
+            own = part not in wrapped and not isinstance(m, parallel)
+            names.setdefault(child, f"{names[m]}.{part}".strip(".") if own else names[m])
+    return {names[m]: m for m in model.modules()}
 
 def put(model, new):
-    """Puts new[m] in the place of each module m."""
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if child in new:
-                setattr(parent, name, new[child])
+    """Puts new[m] in the place of each module m. ValueError if one stands at several places."""
+    places = [(parent, part, m) for parent in model.modules() for part, m in parent._modules.items()
+              if m in new]
+    refuse(len(places) > len(new), f"One of {', '.join(sorted({part for _, part, _ in places}))} "
+           "stands at several places of the model: a change of one would change all.")
+    for parent, part, m in places:
+        setattr(parent, part, new[m])
 
 def count_places(model):
     """{id of a module: at how many places of the model it stands}."""
     return Counter(id(child) for m in model.modules() for child in m._modules.values())
-
-def refuse_shared(model, layers):
-    """ValueError if a layer of {name: layer} stands at several places, of which one name tells."""
-    places = count_places(model)
-    for name, layer in layers.items():
-        refuse(places[id(layer)] > 1, f"{name} stands at several places of the model: a change of "
-               "one would change all, and an adapter names one.")
 
 # -- files -----------------------------------------------------------------------------------------
 
@@ -1140,33 +1136,29 @@ def save_adapter(model, directory, base_model=None, settings=None):
     base_model: name or path of the base, for PEFT; settings: any JSON value, for the record.
     ValueError if that would not hold all that trains, or is no plain LoRA of one size."""
     layers = lora_layers(model)
-    sizes = {(layer.rank, layer.alpha) for layer in layers.values()}
-    refuse(len(sizes) > 1, "The LoRA layers differ in rank or alpha: an adapter has one of each.")
-    (rank, alpha), = sizes
-    refuse(any(type(layer) is not LoRALinear or layer.scaling != alpha / rank
-               for layer in layers.values()), "This is more than LoRA, or scaled otherwise.")
-    held = {id(p) for p in lora_parameters(model)}
-    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    kinds = {(type(m), m.rank, m.alpha, m.scaling) for m in layers.values()}
+    _, rank, alpha, _ = next(iter(kinds))
+    refuse(kinds != {(LoRALinear, rank, alpha, alpha / rank)}, "An adapter holds plain LoRA of one "
+           "size: these layers differ in rank or alpha, are more than LoRA or scaled otherwise.")
+    others = [name for name, p in model.named_parameters()
+              if p.requires_grad and not name.endswith((".lora_A", ".lora_B"))]
     refuse(others, f"{', '.join(others[:3])} would not be in the adapter, yet trains: freeze it, "
            "or merge_lora(model) and save the model.")
     whole = own_modules(model)[""]
     writes = isinstance(whole, Llama) or hasattr(whole, "prepare_inputs_for_generation")
     encodes = getattr(getattr(whole, "config", None), "is_encoder_decoder", False)
     task = ("SEQ_2_SEQ_LM" if encodes else "CAUSAL_LM") if writes else None
-    tensors = {f"base_model.model.{name}.{part}.weight": getattr(layer, part).detach()
-               for name, layer in layers.items() for part in ("lora_A", "lora_B")}
     targets = sorted({name.split(".")[-1] for name in layers})  # last parts, if they name no other
-    if {name for name in base_linears(model) if name.split(".")[-1] in targets} != set(layers):
+    if named(base_linears(model), targets) != list(layers):
         targets = list(layers)
     refuse(not peft_reads(whole, targets), "PEFT reads these names as other parts of this model, "
            "its fused experts: merge_lora(model) and save the model.")
-    base_model = None if base_model is None else str(base_model)
-    config = {"peft_type": "LORA", "task_type": task, "base_model_name_or_path": base_model,
-              "r": rank, "lora_alpha": alpha, "target_modules": targets, "lora_dropout": 0.0,
-              "bias": "none", "inference_mode": True}
-    base = fingerprint({name: layer.base_layer for name, layer in layers.items()})
-    write_files(directory, {"adapter_model.safetensors": tensors, "adapter_config.json": config,
-                            "nalora.json": {"settings": settings, "base": base}})
+    config = {"peft_type": "LORA", "task_type": task, "r": rank, "lora_alpha": alpha,
+              "target_modules": targets, "lora_dropout": 0.0, "bias": "none",
+              "base_model_name_or_path": base_model and str(base_model), "inference_mode": True}
+    write_files(directory, {"adapter_model.safetensors": adapter_tensors(layers),
+                            "adapter_config.json": config,
+                            "nalora.json": {"settings": settings, "base": fingerprint(layers)}})
 
 def peft_reads(model, targets):
     """Whether PEFT, if it is here, takes target_modules as they are written: it rewrites those of
@@ -1174,7 +1166,7 @@ def peft_reads(model, targets):
     with suppress(ImportError):
         from peft import LoraConfig
         from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-        config = LoraConfig(target_modules=list(targets))
+        config = LoraConfig(target_modules=targets)
         try:
             convert_peft_config_for_transformers(config, model, None)
         except ValueError:
@@ -1190,69 +1182,65 @@ def load_adapter(model, directory):
     config = read_json(directory / "adapter_config.json")
     rank, alpha = plain_sizes(config)
     stored = read_tensors(directory / "adapter_model.safetensors")
-    tensors = {key.removeprefix("base_model.model."): t for key, t in stored.items()}
-    names = {key.rpartition(".lora_")[0] for key in tensors}
-    linears = {name: m for name, m in base_linears(model).items() if name in names}
-    fits = {f"{name}.lora_A.weight": (rank, m.in_features) for name, m in linears.items()}
-    fits |= {f"{name}.lora_B.weight": (m.out_features, rank) for name, m in linears.items()}
-    wrong = sorted(shapes(tensors).items() ^ fits.items())
-    refuse(wrong or not tensors or len(tensors) < len(stored), f"The adapter in {directory} (rank "
-           f"{rank}) does not fit this model: other module names or shapes, see {wrong[:2]}.")
-    claimed = {n for n in base_linears(model) if claims(config.get("target_modules"), n)}
-    partly = any(config.get(k) for k in ("layers_to_transform", "exclude_modules"))
-    refuse(names - claimed or claimed - names and not partly, f"The adapter in {directory} is not "
-           "complete: target_modules names other layers than its tensors.")
-    if (directory / "nalora.json").exists():
-        norms = read_json(directory / "nalora.json").get("base")
-        sound = isinstance(norms, dict) and all(type(x) is float for x in norms.values())
-        refuse(not sound or any(not math.isclose(norms.get(name, norm), norm, rel_tol=0.01)
-                                for name, norm in fingerprint(linears).items()),
-               f"The adapter in {directory} was trained on another base model: the norms of its "
-               "weights in nalora.json are not this model's.")
+    tensors = {PREFIX + key.removeprefix(PREFIX): t for key, t in stored.items()}
+    linears = base_linears(model)
+    names = named(linears, config.get("target_modules"))
+    if config.get("layers_to_transform") or config.get("exclude_modules"):  # not all of them
+        names = [name for name in names if f"{PREFIX}{name}.lora_A.weight" in tensors]
+    layers = (lora_layers(model) if has_lora(model) else
+              {name: LoRALinear(linears[name], rank, alpha) for name in names})
+    alike = all((m.rank, m.alpha) == (rank, alpha) for m in layers.values())
+    wrong = sorted(shapes(tensors).items() ^ shapes(adapter_tensors(layers)).items())
+    refuse(wrong or not alike or not tensors or len(tensors) < len(stored),
+           f"The adapter in {directory} (rank {rank}, alpha {alpha}) is not complete, does not fit "
+           "this model (other module names or shapes) or differs from the LoRA already in the "
+           f"model: see {wrong[:2]}.")
+    record = directory / "nalora.json"
+    norms = read_json(record).get("base") if record.exists() else {}
+    here = fingerprint(layers)
+    same = isinstance(norms, dict) and all(
+        type(norm) is float and math.isclose(norm, here.get(name, norm), rel_tol=0.01)
+        for name, norm in norms.items())
+    refuse(not same, f"The adapter in {directory} was trained on another base model: the norms of "
+           "its weights in nalora.json are not this model's.")
     if not has_lora(model):
-        put_lora(model, linears, rank, alpha)
-    layers = lora_layers(model)
-    refuse(dict.fromkeys(names, (rank, alpha)) != {n: (m.rank, m.alpha) for n, m in layers.items()},
-           f"The adapter in {directory} differs from the LoRA already in the model.")
-    with torch.no_grad():
-        for name, layer in layers.items():
-            layer.lora_A.copy_(tensors[f"{name}.lora_A.weight"])
-            layer.lora_B.copy_(tensors[f"{name}.lora_B.weight"])
+        put_lora(model, layers)
+    for key, t in adapter_tensors(layers).items():
+        t.copy_(tensors[key])
     return list(layers)
 
-def claims(targets, name):
-    """Whether PEFT's target_modules, a list of names or one regular expression, name a module."""
-    if isinstance(targets, str):
-        with suppress(re.error):
-            return re.fullmatch(targets, name) is not None
-    return isinstance(targets, list) and any(f".{name}".endswith(f".{t}") for t in targets)
+PREFIX = "base_model.model."  # PEFT's
+
+def adapter_tensors(layers):
+    """{name in an adapter: A (rank, in) or B (out, rank)} of {name: LoRALinear}."""
+    return {f"{PREFIX}{name}.{part}.weight": getattr(layer, part).detach()
+            for name, layer in layers.items() for part in ("lora_A", "lora_B")}
+
+def fingerprint(layers):
+    """{name: norm of the base weight's first row}: within 1 % for the same base in any dtype."""
+    return {name: getattr(m, "base_layer", m).weight[0].detach().float().norm().item()
+            for name, m in layers.items()}
 
 # What an adapter_config.json may say of plain LoRA: anything of these, one of those, no more.
-TOLD = ("r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "task_type",
-        "layers_pattern", "base_model_name_or_path", "revision", "inference_mode", "peft_version",
-        "auto_mapping", "lora_dropout", "megatron_core", "runtime_config", "qalora_group_size")
-PLAIN = {"peft_type": ["LORA"], "bias": ["none"],
+TOLD = """peft_type r lora_alpha target_modules exclude_modules layers_to_transform layers_pattern
+          task_type base_model_name_or_path revision inference_mode peft_version auto_mapping
+          lora_dropout megatron_core runtime_config qalora_group_size""".split()
+PLAIN = {"bias": ["none"],
          "init_lora_weights": [True, "gaussian", "eva", "orthogonal"]}  # all on the same base
 
 def plain_sizes(config):
-    """(rank, alpha) of an adapter_config.json. ValueError if it may be more than plain LoRA."""
-    config = {**config, "peft_type": config.get("peft_type") or "missing"}
+    """(rank, alpha) as in an adapter_config.json. ValueError if it may be more than plain LoRA."""
     more = [key for key, value in config.items()
             if value and key not in TOLD and value not in PLAIN.get(key, [])]
-    sizes = [config.get(k) for k in ("r", "lora_alpha")]
-    sound = all(isinstance(size, (int, float)) and 0 < size < 1e12 for size in sizes)
-    refuse(more or not sound, "adapter_config.json is of no plain LoRA adapter: see "
-           f"{', '.join(more) or 'r, lora_alpha'}.")
-    return sizes
-
-def fingerprint(linears):
-    """{name: norm of the weight's first row}: within 1 % for the same base in any dtype."""
-    return {name: m.weight[0].detach().float().norm().item() for name, m in linears.items()}
+    refuse(more or config.get("peft_type") != "LORA", "adapter_config.json is of no plain LoRA "
+           f"adapter: see {', '.join(more) or 'peft_type'}.")
+    return config.get("r"), config.get("lora_alpha")
 
 def write_files(directory, files):
     """Writes {name: tensors, JSON value, text or bytes}. All stand beside their places before the
     first is replaced: each is the old file or the new one, whatever happens. OSError if not."""
     folder = Path(directory)
+    new = {name: folder / f"{name}.tmp" for name in files}
     try:
         for name, value in files.items():
             if name.endswith(".safetensors"):
@@ -1260,18 +1248,18 @@ def write_files(directory, files):
             if name.endswith(".json"):
                 value = json.dumps(value, indent=2) + "\n"
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{name}.tmp").unlink(missing_ok=True)  # it may be a link to something else
-            (folder / f"{name}.tmp").write_bytes(value.encode() if type(value) is str else value)
+            new[name].unlink(missing_ok=True)  # it may be a link to something else
+            new[name].write_bytes(value.encode() if type(value) is str else value)
         for name in files:
-            os.replace(folder / f"{name}.tmp", folder / name)
+            new[name].replace(folder / name)
     except TypeError as e:
         raise ValueError(f"{name} cannot hold that: {e}") from None
     except OSError as e:
         raise OSError(f"{folder / name} cannot be written and is as it was before: {e}") from None
     finally:
-        for name in files:
+        for path in new.values():
             with suppress(OSError):
-                (folder / f"{name}.tmp").unlink()
+                path.unlink()
 
 def read(path, parse):
     """parse(path), with a ValueError that names the file where it is missing or broken."""
@@ -1283,12 +1271,11 @@ def read(path, parse):
 def read_json(path):
     return read(path, lambda p: dict(json.loads(p.read_text(encoding="utf-8"))))
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
 def read_tensors(path):
     """{name: tensor} of a safetensors file. ValueError if one is not of finite floats."""
     tensors = read(path, safetensors.torch.load_file)
     for name, t in tensors.items():
-        refuse(t.dtype not in FLOATS or not t.isfinite().all(),
+        floats = t.is_floating_point() and t.element_size() > 1
+        refuse(not floats or not t.isfinite().all(),
                f"{path} cannot be used: {name} ({t.dtype}) does not hold finite floats.")
     return tensors
