@@ -658,11 +658,10 @@ class Stack:
 
 def stack_ffns(model, gate, act):
     """([Stack of all FFNs whose gate carries LoRA], what is steered in a sentence)."""
-    gates = (gate,) if isinstance(gate, str) else gate
+    gates = [gate] if isinstance(gate, str) else list(gate)
     modules = own_modules(model)
     config = getattr(modules[""], "config", None)
-    matches = {name: m for name, m in modules.items()
-               if f".{name}".endswith(tuple(f".{g}" for g in gates))}
+    matches = {name: modules[name] for name in named(modules, gates)}
     alike = {}
     for path, layer in matches.items():
         name, _, leaf = path.rpartition(".")
@@ -1124,10 +1123,6 @@ def put(model, new):
            "stands at several places of the model: a change of one would change all.")
     for parent, part, m in places:
         setattr(parent, part, new[m])
-
-def count_places(model):
-    """{id of a module: at how many places of the model it stands}."""
-    return Counter(id(child) for m in model.modules() for child in m._modules.values())
 
 # -- files -----------------------------------------------------------------------------------------
 
