@@ -9,7 +9,7 @@ phi(z) = rho(z) z. So moving a gate by delta moves two things at once:
                                features move     selection moves
 
 LoRA treats its update as a change of features, yet it also changes which channels are selected:
-the paper calls this selection misalignment. The second term over the first is kappa(z) - 1, where
+the paper calls this selection misalignment. Their ratio, second to first, is kappa(z) - 1, where
 kappa = z phi' / phi is the local degree of homogeneity (Euler: phi(t z) = t^k phi(z) for all t > 0
 exactly when z phi' = k phi). Where kappa > 1 selection amplifies the move, where kappa < 1 it
 opposes it. Where kappa = 1 (linear; ReLU away from 0) it stands still to first order. NA-LoRA lets
@@ -28,33 +28,33 @@ keep 0.5, ema 0.9, stride 17. z is what the activation receives, with LoRA's upd
     start    importance I = 0, mask = every row, scale = 1, n = 0 steps
     forward  Number a rank's tokens i = 0, 1, ... since the last step: row by row, padding too, on
              across microbatches. Token i has weight w = 1 if i mod stride = n mod stride and it
-             is no padding, else 0. Add up over tokens, P, Q and G over channels, too:
+             is no padding, else 0. Sum over tokens, and P, Q, G over channels as well:
                  N = sum w   S_c = sum w |phi'(z_c)|   P = sum w z phi'(z) phi(z)
                  Q = sum w phi(z)^2   G = sum w [z > 0]
-             Microbatches and ranks add up; one whose sums are not finite adds nothing.
+             Microbatches and ranks add up; an FFN's sums that are not finite add nothing.
     step     before = A, B;  optimizer.step();  after = A, B.  If N > 0:
                  I     = blend(S / N, I, ema)
                  mask  = the max(1, ceil(keep F - 1e-9)) channels of largest I, lower index first
                  k_hat = P / Q, or 1 if Q = 0;  p = G / (N F)
                  scale = 1 / clip(k_hat, 1/2, 2) if min(p, 1 - p) >= 0.05, else 1
-             If N = 0 all of these stay. Either way n = n + 1, and
+             If N = 0 all of these stay. Unless the step was skipped, n = n + 1, and
                  row c of B_gate                    = blend(before, after, mask_c scale)
                  A_gate, and A and B of up and down = blend(before, after, scale)
     blend(b, a, w) = b + w (a - b) if w < 1/2, else a - (a - b) (1 - w)  (exact at w = 0 and 1)
 
 WHY the responsive channels? The gradient of row c of B_gate carries phi'(z_c), so plain SGD hardly
 moves a channel that does not respond. Adam normalises gradients and moves it as far as any other.
-The mask gives the responsiveness back. All channels share A_gate, so it has no mask. Attention has
+The mask restores that preference. All channels share A_gate, so it has no mask. Attention has
 no gate: its LoRA is left alone.
 Why the step, not the gradient? Momentum and weight decay move a row whose gradient is zero. Rows
 put back after the step are exact, and Adam's moments keep seeing true gradients.
 Why 1 / k_hat? k_hat is the mean of kappa weighted by phi^2: gates that grow by 1 % let phi grow by
 k_hat %, so dividing makes equal steps count equally. kappa of SiLU and GELU stays below 1.3, and so
-does k_hat: the scale runs from 0.77 to 2. A negative k_hat (the response is reversed) is clipped,
+does k_hat: the scale runs from 0.77 to 2. A negative k_hat (larger gates, smaller phi) is clipped,
 too: the scale is 2, a choice. Where fewer than 5 % of the gates lie on one side of 0 there are no
 two regimes, and the scale jumps to 1.
-Why is I averaged over steps and k_hat not? The mask shall not flicker; the scale follows the batch.
-Why every 17th token? It costs little, and moving on by one at each step misses no place for long.
+Why average I over steps, not k_hat? A mask that flickers moves every row; k_hat varies little.
+Why every 17th token? It costs little, and moving on by one at each step misses no token for long.
 Which settings are LoRA bit for bit? Scale off, together with mask off or keep = 1.
 
 GLOSSARY: name in the code, symbol, meaning
@@ -75,7 +75,7 @@ WHOSE IS WHAT. No equation of the paper is public to us. Never cite this file as
     "an activation-specific step-scaling rule when | the sign of z as partition, the 5 %,
       a meaningful coarse effective-homogeneity    |   1 / k_hat, its clip, its reach over
       partition is available"                      |   gate, up and down
-    both act in training only                      | every default value
+    both act in training only                      | all default values are ours
 
 BEFORE YOU PORT, check: (1) scale off and keep = 1 equal LoRA bit for bit; (2) rows outside the
 mask keep their bits under momentum and weight decay; (3) ten steps of two FFNs agree with the
@@ -132,9 +132,9 @@ def observe(act, z, weight):
     its z holds. All zero where a sum overflowed."""
     z = widen(z)
     weight = weight.to(z.dtype)
-    z = torch.where(weight[..., None] > 0, z, 0)  # phi(0) = 0 adds nothing
+    z = torch.where(weight[..., None] > 0, z, 0)  # adds nothing: phi(0) = 0, S is weighted
     phi, slope = value_and_slope(act, z)  # (..., T, F) each
-    positive = z.sign().relu_().sum((-2, -1))
+    positive = (z > 0).sum((-2, -1), dtype=z.dtype)
     z_slope_phi = (z * slope).mul_(phi).sum((-2, -1))  # in place: less memory is touched
     with torch.autocast(z.device.type, enabled=False):
         score = (weight[..., None, :] @ slope.abs_()).squeeze(-2)  # (..., F)
@@ -151,7 +151,7 @@ def importance_mask(importance, keep):
     return torch.zeros_like(importance, dtype=torch.bool).scatter(-1, first, True)
 
 def step_scale(k_hat, occupancy):
-    """1 / clip(k_hat, 1/2, 2); 1 if less than 5 % of the gates lie on one side of 0 (or NaN)."""
+    """1 / clip(k_hat, 1/2, 2); 1 if less than 5 % of gates lie on one side of 0 (or p is NaN)."""
     two_regimes = torch.minimum(occupancy, 1 - occupancy) >= 0.05
     return torch.where(two_regimes, 1 / k_hat.clamp(0.5, 2), 1)
 
@@ -176,7 +176,7 @@ class State(NamedTuple):
     scale: Tensor  # (...)
 
 def decide(state, sums, config):
-    """The State after a step in which `sums` were observed. All stays where no token was."""
+    """The State after a step in which `sums` were observed. Unchanged where no token was."""
     importance = torch.lerp(sums.score / sums.tokens[..., None], state.importance, config.ema)
     mask = importance_mask(importance, config.keep) if config.mask != "none" else state.mask
     k_hat = sums.k_hat()
@@ -200,15 +200,15 @@ class NALoRA:
     in front of an activation ("fc1", "mlp.c_fc"); one that holds gate and up at once will do. act:
     the activation of FFNs that have none as attribute. Make it before the first compiled call.
     With padded batches set `token_mask` (batch, seq), nonzero for real tokens (of an encoder-
-    decoder: the encoder's), before each pass. A NALoRA made before on these gates is taken off.
-    ValueError if no gate carries LoRA, or the optimizers lack it, keep copies or are steered."""
+    decoder: the encoder's), before each pass. An earlier NALoRA on these gates is removed.
+    ValueError if no gate carries LoRA, or an optimizer lacks it, averages or has another NALoRA."""
 
     def __init__(self, model, optimizer, config=None, gate=GATES, act=None):
         self.config = config or NALoRAConfig()
         self.token_mask = None
         self._stacks, self._said = stack_ffns(model, gate, act)
         self._steered = steered_by(optimizer, self._stacks)  # {optimizer: [(parameter, ...)]}
-        self._closure = None  # what the optimizer evaluates within its step, if it does
+        self._closure = None  # of an optimizer whose passes come within its step, such as LBFGS
         self._steps = 0
         self._handles = []
         if this_rank() == 0:
@@ -222,7 +222,7 @@ class NALoRA:
             self._handles += [o.register_step_pre_hook(self._before_step),
                               o.register_step_post_hook(self._after_step)]
             o.nalora = self
-        keep_in_checkpoints(self, o)  # the last one
+        keep_in_checkpoints(self, o)  # one is enough
 
     def __repr__(self):
         return self._said
@@ -237,7 +237,7 @@ class NALoRA:
             weight = token_mask.flatten()[every].ne(0).to(weight)
         return sample, weight
 
-    def _keep(self, stack, i, sample, *grad):
+    def _count(self, stack, i, sample, *grad):
         """Backward has reached a pass of FFN i, so that it counts."""
         if i in stack.samples:  # of another microbatch
             self._add_up()
@@ -249,13 +249,13 @@ class NALoRA:
         for stack in self._stacks:
             if stack.samples:
                 z, weight = stack.take_samples()  # (N, T, F), (N, T)
-                # gradient checkpointing, which may recompute right now, shall not record this
+                # hidden from gradient checkpointing, which may be recomputing right now
                 with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, Tensor.detach):
                     stack.sums = stack.sums + self._observe(stack, z, weight)
 
     def _before_step(self, optimizer, args, kwargs):
         for observer in self._observers:
-            observer.refuse_gate(observer.early and observer.pending)
+            observer.refuse_gate(observer.early and observer.pending)  # phi ran before its gate
         self._closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         self._before = [local(p).clone() for p, *_ in self._steered[optimizer]]
 
@@ -263,8 +263,8 @@ class NALoRA:
     def _after_step(self, optimizer, args, kwargs):
         """Optimizer hook: decides by what was seen, then corrects the step of every parameter."""
         skipped = getattr(optimizer, "found_inf", None)  # a fused optimizer under GradScaler
-        another_did = len(self._steered) > 1 and not any(stack.seen for stack in self._stacks)
-        if not another_did and (skipped is None or not skipped.item()):
+        decided = len(self._steered) > 1 and not any(stack.seen for stack in self._stacks)
+        if not decided and (skipped is None or not skipped.item()):
             self._add_up()
             warn_of_nothing(self._stacks, self.token_mask)
             sum_over_ranks(self._stacks)
@@ -657,7 +657,7 @@ class Stack:
         return every.index_copy_(1, self.rows, rows).unbind(), scales.unbind()
 
 def stack_ffns(model, gate, act):
-    """([Stack of all FFNs whose gate carries LoRA], what is steered in a sentence)."""
+    """([Stack of all FFNs whose gate carries LoRA], a sentence on what is steered)."""
     gates = [gate] if isinstance(gate, str) else list(gate)
     modules = own_modules(model)
     config = getattr(modules[""], "config", None)
@@ -677,7 +677,7 @@ def stack_ffns(model, gate, act):
         refuse_all(modules, gates[0], matches)
     stacks = [Stack(ffns, *sizes) for (_, *sizes), ffns in alike.items()]
     names = [name for stack in stacks for name in stack.names]
-    towers = {re.split(r"\.\d", f".{name}")[0] for name in names}
+    towers = {re.split(r"\.\d", f".{name}")[0] for name in names}  # what stands before the number
     twofold = getattr(config, "is_encoder_decoder", False)
     for stack in stacks:
         stack.several_towers = len(towers) > 1
@@ -695,9 +695,9 @@ def refuse_all(modules, gate, matches):
                "which one it is with act=...")
     refuse(any(hasattr(m, "base_layer") for m in matches.values()), f"The adapter on {gate} has no "
            "pair of A and B that could be steered: use LoRA.")
-    refuse(any(hasattr(m, "parameter_name") for m in modules.values()), "The LoRA is on this "
-           "model's fused experts, which NALoRA does not steer. If it has dense or shared FFNs, "
-           "too, put LoRA on their gates: inject_lora reaches them.")
+    experts = any(hasattr(m, "parameter_name") for m in modules.values())  # as PEFT wraps them
+    refuse(experts, "The LoRA is on this model's fused experts, which NALoRA does not steer. If it "
+           "has dense or shared FFNs, too, put LoRA on their gates: inject_lora reaches them.")
     refuse(not lora, f"No gated FFN here has LoRA on its {gate}: inject it first.")
     found = ", ".join(sorted({name.split(".")[-1] for name in lora}))
     raise ValueError(f"No gated FFN here has LoRA on its {gate}. It is on {found}: name the one in "
@@ -749,6 +749,7 @@ def steered_by(optimizers, stacks):
     for o in optimizers:
         refuse(not hasattr(o, "register_step_post_hook"), "NALoRA hooks the step of a "
                f"torch.optim.Optimizer, not a {type(o).__name__}.")
+        # such as schedule-free ones
         refuse(hasattr(o, "eval"), f"{type(o).__name__} evaluates at averages of its own, which "
                "would move resting rows: use another optimizer.")
         refuse(getattr(o, "nalora", None),
@@ -853,14 +854,14 @@ class Observer:
         leave no trace, unless no_grad is gradient checkpointing's, within a pass with gradients."""
         self.pending = None
         tool = self.tool
-        waiting = next(reversed(tool._watch.waiting.values()), None)  # of the innermost
-        if (not gate.training or getattr(gate, "disable_adapters", False)
-                or not z.requires_grad and waiting is None):
+        waiting = next(reversed(tool._watch.waiting.values()), None)  # of the innermost pass
+        idle = not gate.training or getattr(gate, "disable_adapters", False)
+        if idle or (waiting is None and not z.requires_grad):
             return
         sample = []
         see = None
         if torch._C._current_graph_task_id() == -1:  # else a checkpoint computes again in backward
-            if not tool._closure and tool._watch.look(gate):
+            if not tool._closure and tool._watch.gradients_dropped(gate):
                 tool._forget()
             mask = self.fitting(tool.token_mask, z)
             see = partial(tool._see, self.stack, mask, self.stack.seen[self.i])
@@ -868,7 +869,7 @@ class Observer:
             if not self.stack.fused:
                 sample += see(z)
             when_reached = z.register_hook if z.requires_grad else waiting.append
-            when_reached(partial(tool._keep, self.stack, self.i, sample))
+            when_reached(partial(tool._count, self.stack, self.i, sample))
         if self.stack.acts[self.i]:
             self.pending = (z, sample, see)
 
@@ -880,14 +881,14 @@ class Observer:
         output, sample, see = self.pending
         self.pending = None
         if inputs[0] is not output:  # a part of it, or changed on the way
-            sample.clear()  # find_rows goes backward, too
+            sample.clear()  # before find_rows, whose backward would count it
             self.find_rows(inputs[0], output)
             if see:
                 sample += see(inputs[0])
 
     def fitting(self, mask, z):
-        """The token mask if it is of gates z. In a model of several towers it is one tower's; in an
-        encoder-decoder the encoder's."""
+        """The token mask if it is of gates z. Of several towers it may be another's; of an
+        encoder-decoder it is the encoder's."""
         if mask is None or self.stack.decodes[self.i]:
             return None
         if mask.shape == z.shape[:-1] or z.dim() == 2 and mask.numel() == len(z):
@@ -915,7 +916,7 @@ class Observer:
                "the layer that `gate` names: name the one before it.")
 
 class Hook:
-    """A hook in the model. In a copy of the model it has nothing to call, and a gate's says so."""
+    """A hook in the model. Copies and pickles of it call nothing; a copied gate's says so."""
 
     def __init__(self, call=None):
         self.call = call
@@ -940,14 +941,14 @@ def call_all(waiting, grad):
         waiting.pop()()
 
 class Watch:
-    """Knows which pass is under way, and notices what goes past NALoRA: steps of others, other
-    adapters, gradients thrown away."""
+    """Knows which pass is under way, and notices what goes past NALoRA: other optimizers' steps,
+    other adapters, gradients thrown away."""
 
     def __init__(self, tool, model):
         self.gate = tool._stacks[-1].gates[-1]  # backward comes to it first
         self.parameter = lora_pairs(self.gate)[0][1]  # B
-        self.after_backward = []  # version of its gradient then; no cycle through the hook
-        self.rows = None  # some of its rows as they should be at the next pass
+        self.after_backward = []  # version of its gradient then (the hook holds it, not self)
+        self.rows = None  # some of its rows, to compare at the next pass
         self.passes = 0
         self.adapters = self.active()
         # {whole module in a pass: calls for when backward reaches its output, None under no_grad}
@@ -955,7 +956,8 @@ class Watch:
         tool._handles.append(self.parameter.register_post_accumulate_grad_hook(
             partial(note_version, self.after_backward)))
         gates = {gate for stack in tool._stacks for gate in stack.gates}
-        self.whole = [m for m in model.modules() if gates.issubset(m.modules())]  # and wrappers
+        # the model, and each wrapper such as PEFT's, all of which hold every gate
+        self.whole = [m for m in model.modules() if gates.issubset(m.modules())]
         for m in self.whole:
             tool._handles += [m.register_forward_pre_hook(Hook(self.begin_pass)),
                               m.register_forward_hook(Hook(self.end_pass), always_call=True)]
@@ -973,14 +975,15 @@ class Watch:
     def active(self):
         return list(getattr(self.gate, "active_adapters", []))
 
-    def look(self, gate):
+    def gradients_dropped(self, gate):
         """At a pass that trains: warns of other adapters and of steps by others. True if the
         gradients since the last step were thrown away."""
         if gate is self.gate:
             self.compare()
+        if not self.after_backward:
+            return False
         grad = self.parameter.grad
-        return self.after_backward and (
-            grad is None or self.after_backward != [grad._version] and not grad.any())
+        return grad is None or (self.after_backward != [grad._version] and not grad.any())
 
     def compare(self):
         if self.adapters != self.active():
@@ -1027,7 +1030,7 @@ def NALoRACallback(config=None, gate=GATES, act=None):
             mask = given.get("attention_mask")
             if isinstance(mask, Tensor) and mask.dim() == 2:
                 self.nalora.token_mask = mask
-            elif len(self.nalora._watch.waiting) == 1:  # no module around this one had a mask
+            elif len(self.nalora._watch.waiting) == 1:  # the outermost module
                 self.nalora.token_mask = None
 
         def on_train_end(self, *args, **kwargs):
@@ -1216,15 +1219,15 @@ def fingerprint(layers):
     return {name: getattr(m, "base_layer", m).weight[0].detach().float().norm().item()
             for name, m in layers.items()}
 
-# What an adapter_config.json may say of plain LoRA: anything of these, one of those, no more.
+# What an adapter_config.json of plain LoRA may hold: TOLD with any value, PLAIN with one of these.
 TOLD = """peft_type r lora_alpha target_modules exclude_modules layers_to_transform layers_pattern
           task_type base_model_name_or_path revision inference_mode peft_version auto_mapping
           lora_dropout megatron_core runtime_config qalora_group_size""".split()
 PLAIN = {"bias": ["none"],
-         "init_lora_weights": [True, "gaussian", "eva", "orthogonal"]}  # all on the same base
+         "init_lora_weights": [True, "gaussian", "eva", "orthogonal"]}  # none changes the base
 
 def plain_sizes(config):
-    """(rank, alpha) as in an adapter_config.json. ValueError if it may be more than plain LoRA."""
+    """(rank, alpha) of an adapter_config.json. ValueError if it is not surely plain LoRA."""
     more = [key for key, value in config.items()
             if value and key not in TOLD and value not in PLAIN.get(key, [])]
     refuse(more or config.get("peft_type") != "LORA", "adapter_config.json is of no plain LoRA "
@@ -1232,8 +1235,8 @@ def plain_sizes(config):
     return config.get("r"), config.get("lora_alpha")
 
 def write_files(directory, files):
-    """Writes {name: tensors, JSON value, text or bytes}. All stand beside their places before the
-    first is replaced: each is the old file or the new one, whatever happens. OSError if not."""
+    """Writes {name: tensors, JSON value, text or bytes}: every name.tmp first, then all take their
+    places, so that a file is the old one or the new, whatever happens. OSError if it cannot."""
     folder = Path(directory)
     new = {name: folder / f"{name}.tmp" for name in files}
     try:

@@ -1,5 +1,5 @@
 """What data/ and a file of one's own hold, as train_tiny.py takes it: tokenizers, problems and
-texts, batches of their tokens, and whether a model's answers are right."""
+texts, batches of their tokens, a model's loss on them, and whether its answers are right."""
 import base64
 import functools
 import hashlib
@@ -232,7 +232,55 @@ def text_batches(tokenizer, path, size, seed):
 
     return batches
 
-# ---- answers -------------------------------------------------------------------------------------
+# ---- all of it -----------------------------------------------------------------------------------
+
+def load(c, model):
+    """What a run of train_tiny.py reads: tokenizer, digest, batches, validation, test problems and
+    equations, the most new tokens an answer may need, and what every prompt ends with, None if they
+    differ. c: its Config; model: a LlamaConfig. ValueError where these do not fit together."""
+    data = Path(c.data)
+    tokenizer = tokenizer_of(c.base, data, model.vocab_size)
+    end = tokenizer.eot_token
+    splits = read_splits(data)
+    encoded, max_new = encode_splits(tokenizer, splits, data, model.max_position_embeddings)
+    train = encoded["train"][:c.train_size]
+    size = min(c.batch_size, len(train))
+    batches = problem_batches(train, size, c.seed, end)
+    validation = in_order(encoded["val"], end)
+    if c.method == "pretrain":
+        size = c.batch_size
+        batches = text_batches(tokenizer, data / "pretrain.txt", size, c.seed)
+        windows = text_windows(tokenizer, data / "pretrain_val.txt")                # (N, 129)
+        validation = [(windows[:, :-1], windows[:, 1:], None)]
+    refuse(size % c.ranks, f"{size} problems, a batch, cannot be shared evenly by {c.ranks} ranks: "
+           f"give a --batch-size that is a multiple of {c.ranks}.")
+    endings = {p["prompt"][len(p["prompt"].rstrip()):] for p in splits["train"]}
+    return {"tokenizer": tokenizer, "digest": digest(data, c.base), "batches": batches,
+            "validation": validation, "problems": splits["test"][:c.test_size],
+            "equations": read_equations(data)[:c.test_size], "max_new": max_new,
+            "ending": endings.pop() if len(endings) == 1 else None}
+
+def sample_prompts(data, prompt, ending):
+    """What --sample asks: the prompt with the ending that all had in training, None if they
+    differed; without a prompt those of three test problems."""
+    if not prompt:
+        return [p["prompt"] for p in read_splits(Path(data))["test"][:3]]
+    prompt = whole_text(prompt)
+    return [prompt if ending is None else prompt.rstrip() + ending]
+
+# ---- evaluation: the loss, and which answers are right -------------------------------------------
+
+@torch.no_grad()
+def mean_loss(model, batches):
+    """Cross-entropy in nats per target token over a list of batches."""
+    device = next(model.parameters()).device
+    total = 0.0
+    count = 0
+    for tokens, targets, _ in batches:
+        n = (targets != -100).sum().item()
+        total += n * model(tokens.to(device), targets.to(device))[1].item()
+        count += n
+    return total / count
 
 NUMBER = r"(?<![\w.])-?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
 
@@ -253,6 +301,14 @@ def is_right(problem, completion):
     mark = next((m for m in ("The answer is", "####") if m in given), "")
     return final_answer(completion, mark) == Decimal(str(problem["answer"]))
 
+def verdict(problem, completion):
+    if is_right(problem, completion):
+        return "right"
+    return f"wrong, {problem.get('answer', problem['completion'])} was asked for"
+
+def share(right):
+    return sum(right) / len(right) if right else None
+
 def solve(model, tokenizer, prompts, max_new_tokens=MAX_NEW):
     """Greedy completions of the prompts, in order. Prompts of equal length share a batch, so none
     needs padding."""
@@ -269,12 +325,12 @@ def solve(model, tokenizer, prompts, max_new_tokens=MAX_NEW):
     return [answers[i] for i in range(len(prompts))]
 
 def exact_match(model, tokenizer, problems, max_new_tokens=MAX_NEW):
-    """(share of problems solved rightly, the completions)."""
+    """(share of problems solved rightly, None without any; the completions)."""
     completions = solve(model, tokenizer, [p["prompt"] for p in problems], max_new_tokens)
-    return sum(map(is_right, problems, completions)) / len(problems), completions
+    return share(list(map(is_right, problems, completions))), completions
 
 def arithmetic_accuracy(model, tokenizer, problems):
-    """Share of equations ("12+5=") that the model completes rightly."""
+    """Share of equations ("12+5=") that the model completes rightly; None without any."""
     completions = solve(model, tokenizer, [p["prompt"] for p in problems], max_new_tokens=4)
-    right = [c.split(".")[0].strip() == str(p["answer"]) for c, p in zip(completions, problems)]
-    return sum(right) / len(problems)
+    return share([c.split(".")[0].strip() == str(p["answer"])
+                  for c, p in zip(completions, problems)])

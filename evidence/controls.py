@@ -211,8 +211,8 @@ class Control(NALoRA):
         finite = score.sum(-1, keepdim=True).isfinite() & (sums.tokens > 0)[:, None]
         return sums._replace(score=torch.where(finite, score, 0))
 
-    def _keep(self, stack, i, *sample):
-        super()._keep(stack, i, *sample)  # may add up the pass before, with its features
+    def _count(self, stack, i, *sample):
+        super()._count(stack, i, *sample)  # may add up the pass before, with its features
         if self.choices.score == "downstream":
             self.features[stack, i] = self.latest[stack, i]
 
