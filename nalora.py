@@ -722,8 +722,9 @@ def kind(act):
     """Equal if one call may evaluate both: one object, or modules alike in class and attributes."""
     if not isinstance(act, nn.Module):
         return id(act)
+    own = {key: value for key, value in vars(act).items() if "_hooks" not in key}
     return type(act), *((key, value if value.__hash__ else id(value))  # no two tensors are equal
-                        for key, value in vars(act).items() if value.__hash__ or value)
+                        for key, value in own.items() if value.__hash__ or value)
 
 def lora_pairs(layer):
     """[(A (rank, in), B (out, rank))] of a LoRALinear or a PEFT layer's active adapters, or []."""
