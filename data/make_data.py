@@ -335,7 +335,8 @@ def story(rng):
     if kind == 6:
         c = rng.randint(1, 99 - a - b) if a + b < 99 else 0
         return (
-            f"{s.has(p, a)} {s.gain(p, b)} {a}+{b}={a + b}. {s.gain(p, c)} {a + b}+{c}={a + b + c}. "
+            f"{s.has(p, a)} {s.gain(p, b)} {a}+{b}={a + b}. "
+            f"{s.gain(p, c)} {a + b}+{c}={a + b + c}. "
             f"{now} {s.pronoun(p)} {verb} {a + b + c} {s.thing}."
         )
     if kind == 7:
