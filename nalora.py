@@ -108,7 +108,7 @@ def value_and_slope(act, z):
     """phi(z) and phi'(z), shaped like z, of any elementwise activation."""
     with torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
         z = z.detach().requires_grad_()
-        phi = act(z.clone())  # some activations work in place
+        phi = getattr(act, "forward", act)(z.clone())  # no hooks; some work in place
         slope, = torch.autograd.grad(phi, z, torch.ones_like(phi))
     return phi.detach(), slope
 
@@ -615,7 +615,7 @@ class Stack:
 
     def __init__(self, ffns, height, width, dtype, device):  # [(name, FFN, gate, activation)]
         self.names, self.ffns, self.gates, acts = zip(*ffns)
-        self.act = getattr(acts[0], "forward", acts[0])  # without the module's hooks
+        self.act = acts[0]
         # Of each FFN, the module that the activation is, should it be the FFN's own.
         self.acts = [act if act in ffn.children() and acts.count(act) == 1 else None
                      for ffn, act in zip(self.ffns, acts)]

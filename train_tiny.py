@@ -32,7 +32,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from data import problems
-from data.problems import DATA, digest, mean_loss
+from data.problems import (DATA, CheckpointTokenizer, digest, encode_problem,  # noqa: F401
+                           is_right, mean_loss, read_problems, read_splits)  # some for others
 from nalora import (Llama, LlamaConfig, NALoRA, NALoRAConfig, inject_lora, load_adapter,
                     lora_parameters, read_json, refuse, save_adapter, write_files)
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # pytest may be
 import nalora
 from evidence.test_gates import other_model, other_step, skip_activations
 from evidence.test_passes import checkpointed, ends_alike, state_of
-from nalora import NALoRA, NALoRAConfig, lora_parameters
+from nalora import NALoRA, NALoRAConfig, effective_homogeneity, lora_parameters
 from test_nalora import (
     batch,
     equal,
@@ -38,6 +38,24 @@ def test_a_pass_that_ended_before_its_activation_leaves_no_trace():
     ffn.gate_proj(torch.randn(2, 5, 8))  # and then, say, no memory for up_proj
     other_pass = model.eval().forward(torch.randn(2, 5, 8))
     assert other_pass.shape == (2, 5, 8) and not tool._stacks[0].samples
+
+
+def test_whoever_looks_at_a_gate_by_hand_sees_its_homogeneity_and_changes_nothing():
+    def run(looks):
+        model = other_model()
+        for ffn in model.layers:
+            ffn.act_fn = nn.SiLU()
+        opt = sgd(model)
+        tool = NALoRA(model, opt, NALoRAConfig(stride=1))
+        if looks:
+            ffn = model.layers[0]
+            z = ffn.gate_proj(torch.randn(2, 5, 8))  # in train mode, with gradients
+            k_hat = effective_homogeneity(ffn.act_fn, z)
+            assert k_hat == effective_homogeneity(F.silu, z)
+        other_step(model, 1, opt)
+        return model, opt, tool
+
+    ends_alike(run)
 
 
 def test_recomputation_of_the_shorter_of_two_passes_finds_its_own():
