@@ -301,7 +301,6 @@ def execute(c, out, resume=False, save=save_results, methods=METHODS):
     """One run from its Config to summary.json, which is returned. ValueError before anything is
     written if the run cannot be. save: writes its weights (evidence/ has another)."""
     began = time.perf_counter()
-    torch.set_num_threads(c.threads)
     run = set_up(c, methods)
     records = load_checkpoint(run, out) if resume else []
     if records and (out / "summary.json").exists():
@@ -503,6 +502,8 @@ def main(argv=None):
     try:
         if "WORLD_SIZE" in os.environ:
             join_ranks(args)
+        c = resolve(args, args.method)
+        torch.set_num_threads(c.threads)
         if args.sample is not None:
             sample(out, args.sample)
             return 0
@@ -511,7 +512,7 @@ def main(argv=None):
         if args.method == "all":
             run_all(args, out)
         else:
-            execute(resolve(args, args.method), out, args.resume)
+            execute(c, out, args.resume)
         return 0
     except (ValueError, OSError, MemoryError, RuntimeError) as e:
         words = "out of memory|can't allocate|not enough memory"
