@@ -408,3 +408,10 @@ def test_a_merged_weight_is_rounded_once():
     nn.init.normal_(layer.lora_B, std=0.2)
     whole = layer.base_layer.weight.float() + 2 * (layer.lora_B @ layer.lora_A)
     assert torch.equal(layer.weight, whole.bfloat16())
+
+
+def test_the_config_of_an_ffn_goes_before_the_models():
+    ffn = OtherFFN()
+    del ffn.act_fn
+    ffn.config = SimpleNamespace(hidden_act="gelu")
+    assert nalora.activation(ffn, SimpleNamespace(hidden_act="silu")) is F.gelu

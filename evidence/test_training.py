@@ -207,8 +207,9 @@ def test_as_many_problems_are_read_as_are_asked_for(base):
     assert len(run.problems) == len(run.equations) == 4 and len(run.batches(0)[0]) == 3
     with pytest.raises(ValueError, match="16 problems, a batch, cannot be shared evenly by 3"):
         train_tiny.set_up(train_tiny.Config(base=str(base), method="lora", ranks=3))
-    run = train_tiny.set_up(train_tiny.Config(method="pretrain", base=""))
+    run = train_tiny.set_up(train_tiny.Config(method="pretrain", base="", batch_size=3000))
     assert [t.shape[1] for t in run.validation[0][:2]] == [128, 128]  # windows of text
+    assert len(run.batches(0)[0]) == 3000  # more than there are problems
 
 
 def test_an_answer_may_be_as_long_as_the_longest_in_training():
@@ -258,7 +259,10 @@ def test_what_is_written_of_a_trained_model(base, tmp_path):
 def test_all_three_say_once_what_they_are_and_go_on(base, tmp_path, capsys):
     argv = arguments(base, tmp_path / "all", "all")
     succeeds(argv)
-    assert capsys.readouterr().out.count("NALoRA steers") == 1
+    out = capsys.readouterr().out
+    assert out.count("NALoRA steers") == 1
+    first = problems.read_problems(problems.DATA / "test.jsonl")[:3]
+    assert all(out.count(p["prompt"].strip()) == 3 for p in first)
     assert (tmp_path / "all" / "loss.png").exists()
     refused(capsys, argv, "already holds a run")
     succeeds([*argv, "--resume"])
