@@ -361,7 +361,10 @@ def test_keys_without_prefix_are_read_and_none_is_thrown_away(tmp_path):
 def test_what_an_adapter_would_not_hold_is_refused(tmp_path):
     model = trained_lora()
     model.model.norm.weight.requires_grad_(True)
-    with pytest.raises(ValueError, match="model.norm.weight would not be in the adapter"):
+    model.lora_gain = nn.Parameter(torch.ones(1))
+    with pytest.raises(
+        ValueError, match="lora_gain, model.norm.weight would not be in the adapter"
+    ):
         save_adapter(model, tmp_path / "a")
 
     class More(LoRALinear):
@@ -384,7 +387,8 @@ def test_what_an_adapter_would_not_hold_is_refused(tmp_path):
     classifier = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
     inject_lora(classifier, ["0"], 2, 4)
     save_adapter(classifier, tmp_path / "b")
-    assert json.loads((tmp_path / "b" / "adapter_config.json").read_text())["task_type"] is None
+    config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
+    assert config["task_type"] is config["base_model_name_or_path"] is None
 
 
 def test_json_lines_are_split_at_line_feeds_alone(tmp_path):

@@ -370,8 +370,11 @@ def test_a_layer_at_two_places_is_refused():
     model["b"][0] = nn.Linear(8, 8)
     inject_lora(model, ["a.0"], 2, 4)
     model["b"][0] = model["a"][0]
+    nn.init.normal_(model["a"][0].lora_B)
+    before = shared.weight.clone()
     with pytest.raises(ValueError, match="several places"):
         merge_lora(model)
+    assert torch.equal(shared.weight, before)
 
 
 def test_code_that_asks_for_weight_and_bias_finds_lora_in_them():
@@ -397,3 +400,18 @@ def test_code_that_asks_for_weight_and_bias_finds_lora_in_them():
         layer = next(iter(nalora.lora_layers(model).values()))
         assert (layer.in_features, layer.out_features) == layer.base_layer.weight.shape[::-1]
         assert layer.bias is layer.base_layer.bias
+
+
+def test_a_merged_weight_is_rounded_once():
+    torch.manual_seed(0)
+    layer = LoRALinear(nn.Linear(32, 48).bfloat16(), 4, 8)
+    nn.init.normal_(layer.lora_B, std=0.2)
+    whole = layer.base_layer.weight.float() + 2 * (layer.lora_B @ layer.lora_A)
+    assert torch.equal(layer.weight, whole.bfloat16())
+
+
+def test_the_config_of_an_ffn_goes_before_the_models():
+    ffn = OtherFFN()
+    del ffn.act_fn
+    ffn.config = SimpleNamespace(hidden_act="gelu")
+    assert nalora.activation(ffn, SimpleNamespace(hidden_act="silu")) is F.gelu

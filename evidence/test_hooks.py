@@ -280,3 +280,85 @@ def test_a_new_callback_goes_on_where_another_was_interrupted():
     two.on_train_begin(None, None, None, model=model, optimizer=opt)
     assert opt.nalora is two.nalora and two.nalora.state_dict()["steps"] == 1
     assert equal(state_of(one.nalora), state_of(two.nalora))
+
+
+def test_layers_that_are_the_whole_model_are_one_tower():
+    """And are called 0 and 1."""
+    model = other_model()
+    tool = NALoRA(model.layers, sgd(model))
+    assert list(tool.statistics()) == ["0", "1"]
+    tool.token_mask = torch.ones(2, 6)
+    with pytest.raises(ValueError, match=r"token_mask is \(2, 6\)"):
+        model.forward(torch.randn(2, 5, 8))
+
+
+def test_a_backward_pass_is_waited_for_at_each_step():
+    model, opt, tool = start(NALoRAConfig())
+    take_step(model, opt, 0)
+    model(*batch(1))
+    with pytest.warns(UserWarning, match="saw no backward pass reach a gate"):
+        opt.step()
+
+
+def test_the_rows_of_a_fused_layer_cannot_be_seen_from_an_activation_that_is_told():
+    model = other_model("gate first", count=1)
+    del model.layers[0].act_fn
+    with pytest.raises(ValueError, match="its activation is no module of its own"):
+        NALoRA(model, sgd(model), act=nn.SiLU())
+
+
+def test_gates_whose_squares_alone_are_infinite_add_nothing():
+    sums = nalora.observe(
+        F.silu, torch.tensor([[1.0, 1e20], [1.0, 2.0]])[:, None], torch.ones(2, 1)
+    )
+    assert all((total[0] == 0).all() and (total[1] != 0).all() for total in sums)
+
+
+def test_an_odd_number_of_rows_is_no_gate_and_features():
+    ffn = other_model("gate first").layers[0]
+    ffn.gate_up_proj = nalora.LoRALinear(nn.Linear(8, 25), 4, 8)  # down_proj takes 12
+    assert nalora.channels(ffn, ffn.gate_up_proj) == 25
+
+
+def test_an_optimizer_of_the_gates_alone_is_refused_while_more_trains():
+    model = lora_llama()
+    gates = [layer.mlp.gate_proj for layer in model.model.layers]
+    opt = torch.optim.SGD([p for gate in gates for p in (gate.lora_A, gate.lora_B)], lr=0.1)
+    with pytest.raises(ValueError, match="The optimizer does not hold"):
+        NALoRA(model, opt)
+    for name, p in model.named_parameters():
+        p.requires_grad_("gate_proj.lora_" in name)
+    assert len(NALoRA(model, opt)._steered[opt]) == 4
+
+
+def test_an_activation_is_refused_whose_gate_has_no_gradients():
+    model = other_model(count=1)
+    (layer,) = model.layers
+
+    def forward(x):
+        with torch.no_grad():
+            z = layer.gate_proj(x)
+        return layer.down_proj(layer.act_fn(layer.up_proj(x)) * z)
+
+    model.forward = forward
+    NALoRA(model, sgd(model))
+    with pytest.raises(ValueError, match="does not see the output of the layer"):
+        model(torch.randn(2, 5, 8))
+
+
+def test_a_part_without_gradients_leaves_no_trace_after_a_pass_that_failed():
+    model, opt, tool = start(NALoRAConfig())
+    with pytest.raises(ValueError, match="exceed the context"):
+        model(*batch(0, (4, 65)))
+    with torch.no_grad():
+        model.model.layers[0].mlp(torch.randn(2, 5, 32))
+    assert not tool._stacks[0].seen
+
+
+def test_outputs_without_gradients_are_passed_over_under_checkpointing():
+    model, opt, tool = start(NALoRAConfig(stride=1), checkpointed(lora_llama(), True))
+    logits, loss = model(batch(0)[0])
+    assert loss is None
+    logits.sum().backward()
+    tool._add_up()
+    assert tool._stacks[0].sums.tokens.tolist() == [60, 60]

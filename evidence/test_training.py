@@ -2,7 +2,9 @@
 
 import base64
 import contextlib
+import itertools
 import json
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,11 +16,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # pytest may be
 
 import train_tiny
 from data import problems
+from nalora import read_json
 from test_nalora import (
+    arguments,
     base,  # noqa: F401
     batch,
     lora_llama,
     one_thread,  # noqa: F401
+    refused,
+    succeeds,
     tiny_pretraining,  # noqa: F401
 )
 
@@ -166,3 +172,157 @@ def test_a_problem_may_fill_the_context(base, tmp_path):
         c = train_tiny.Config(data=data, base=str(base), method="lora")
         with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="257 tokens"):
             train_tiny.set_up(c)
+
+
+# ---- batches and prompts ----
+
+
+def test_a_batch_holds_problems_of_like_length_and_each_epoch_its_own_order():
+    lengths = [2 + 7 * i % 16 for i in range(16)]  # eight batches of two
+    encoded = [([i] * length, 1) for i, length in enumerate(lengths)]
+    batches = problems.problem_batches(encoded, 2, 0, 99)
+    epochs = [[batches(8 * epoch + i)[0] for i in range(8)] for epoch in range(2)]
+    for epoch in epochs:
+        assert sorted(tokens.size(1) for tokens in epoch) == [2, 4, 6, 8, 10, 12, 14, 16]
+        assert sorted(row for tokens in epoch for row in tokens[:, 0].tolist()) == list(range(16))
+    orders = [[tokens.size(1) for tokens in epoch] for epoch in epochs]
+    assert orders[0] != orders[1] and sorted(orders[0]) not in orders
+
+
+def test_a_window_of_text_is_learnt_token_for_token_and_drawn_by_the_seed():
+    path = problems.DATA / "pretrain_val.txt"
+    tokenizer = problems.load_tokenizer()
+    drawn = [
+        problems.text_batches(tokenizer, path, 4, seed)(step) for seed, step in ((0, 0), (1, 0))
+    ]
+    for tokens, targets, mask in drawn:
+        assert tokens.shape == targets.shape == mask.shape == (4, 128) and mask.all()
+        assert torch.equal(tokens[:, 1:], targets[:, :-1]) and not torch.equal(tokens, targets)
+    assert not torch.equal(drawn[0][0], drawn[1][0])
+
+
+def test_as_many_problems_are_read_as_are_asked_for(base):
+    c = train_tiny.Config(base=str(base), method="lora", train_size=3, test_size=4)
+    run = train_tiny.set_up(c)
+    assert len(run.problems) == len(run.equations) == 4 and len(run.batches(0)[0]) == 3
+    with pytest.raises(ValueError, match="16 problems, a batch, cannot be shared evenly by 3"):
+        train_tiny.set_up(train_tiny.Config(base=str(base), method="lora", ranks=3))
+    run = train_tiny.set_up(train_tiny.Config(method="pretrain", base="", batch_size=3000))
+    assert [t.shape[1] for t in run.validation[0][:2]] == [128, 128]  # windows of text
+    assert len(run.batches(0)[0]) == 3000  # more than there are problems
+
+
+def test_an_answer_may_be_as_long_as_the_longest_in_training():
+    rows = {
+        split: [{"prompt": "1=", "completion": "1" * n, "line": 1}]
+        for split, n in (("train", 40), ("val", 50), ("test", 60))
+    }
+    tokenizer = problems.load_tokenizer()
+    assert problems.encode_splits(tokenizer, rows, problems.DATA, 99)[1] == 41
+
+
+def test_what_a_sample_asks():
+    asked = problems.sample_prompts(problems.DATA, "", None)
+    assert asked == [p["prompt"] for p in problems.read_problems(problems.DATA / "test.jsonl")[:3]]
+    assert problems.sample_prompts(problems.DATA, "half \ud83d", None) == ["half \ufffd"]
+
+
+# ---- a run ----
+
+
+def test_a_step_is_timed_without_what_comes_between_steps(base, tmp_path, monkeypatch):
+    clock = SimpleNamespace(perf_counter=itertools.count().__next__)
+    monkeypatch.setattr(train_tiny, "time", clock)
+    c = train_tiny.Config(base=str(base), method="lora", steps=4, batch_size=4, eval_every=9)
+    records, times = train_tiny.train(train_tiny.set_up(c), tmp_path, [])
+    assert times == [1] * 4 and [r["step"] for r in records] == [4]
+
+
+def test_a_gradient_that_is_not_finite_stops_a_run(base, monkeypatch):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.inf))
+    run = train_tiny.set_up(train_tiny.Config(base=str(base), method="lora"))
+    with pytest.raises(train_tiny.Diverged, match="at step 1"):
+        next(train_tiny.training_loop(run))
+
+
+def test_what_is_written_of_a_trained_model(base, tmp_path):
+    run = train_tiny.set_up(train_tiny.Config(method="pretrain", base=""))
+    train_tiny.save_results(run, tmp_path)
+    assert read_json(tmp_path / "model" / "config.json")["torch_dtype"] == "float16"
+    run = train_tiny.set_up(train_tiny.Config(base=str(base), method="lora"))
+    train_tiny.save_results(run, tmp_path)
+    config = read_json(tmp_path / "adapter" / "adapter_config.json")
+    assert config["base_model_name_or_path"] == str(base)
+    assert read_json(tmp_path / "adapter" / "nalora.json")["settings"] == run.settings
+
+
+def test_all_three_say_once_what_they_are_and_go_on(base, tmp_path, capsys):
+    argv = arguments(base, tmp_path / "all", "all")
+    succeeds(argv)
+    out = capsys.readouterr().out
+    assert out.count("NALoRA steers") == 1
+    first = problems.read_problems(problems.DATA / "test.jsonl")[:3]
+    assert all(out.count(p["prompt"].strip()) == 3 for p in first)
+    assert (tmp_path / "all" / "loss.png").exists()
+    refused(capsys, argv, "already holds a run")
+    succeeds([*argv, "--resume"])
+    assert capsys.readouterr().out.count("is finished already") == 3
+
+
+@pytest.mark.parametrize("key", ["prompt_ending", "max_new_tokens", "digest"])
+def test_a_run_of_another_version_is_not_asked(tmp_path, capsys, key):
+    (tmp_path / "config.json").write_text(json.dumps({"method": "lora", "base": "", "data": ""}))
+    summary = {k: "" for k in ("prompt_ending", "max_new_tokens", "digest") if k != key}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    refused(capsys, ["--sample", "--out", tmp_path], "of another version")
+
+
+# ---- the command line ----
+
+
+def settings_of(*argv, method="nalora"):
+    return train_tiny.resolve(train_tiny.command_line().parse_args(argv), method)
+
+
+def test_what_is_not_given_follows_from_the_rest(tmp_path):
+    toy = str(problems.DATA / "base")
+    assert settings_of().base == settings_of("--data", str(tmp_path / "own.jsonl")).base == toy
+    assert settings_of("--data", str(tmp_path)).base == str(tmp_path / "base")
+    assert settings_of(method="pretrain").base == ""
+    torch.set_num_threads(2)
+    assert settings_of().threads == 2
+
+
+def test_the_best_device_is_taken_unless_one_is_named(monkeypatch):
+    for cuda, mps, best in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=cuda: there)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda there=mps: there)
+        assert train_tiny.best_device() == best and train_tiny.best_device("cpu") == "cpu"
+
+
+def test_a_run_has_its_threads_and_its_folder(monkeypatch):
+    def set_up(c, methods):
+        raise ValueError(f"{torch.get_num_threads()} threads")
+
+    monkeypatch.setattr(train_tiny, "set_up", set_up)
+    with pytest.raises(ValueError, match="2 threads"):
+        train_tiny.execute(train_tiny.Config(threads=2), Path("unused"))
+    found = []
+    monkeypatch.setattr(train_tiny, "execute", lambda c, out, resume: found.append((out, resume)))
+    assert train_tiny.main(["--method", "lora", "--resume"]) == 0
+    assert found == [(Path("runs/lora"), True)]
+
+
+def test_a_bug_is_not_told_as_a_sentence(base, tmp_path, monkeypatch):
+    def set_up(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(train_tiny, "set_up", set_up)
+    with pytest.raises(RuntimeError, match="a bug"):
+        train_tiny.main(arguments(base, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("argv", [["--method", "all"], ["--sample"]])
+def test_ranks_train_one_method(argv):
+    with pytest.raises(ValueError, match="torchrun trains one method"):
+        train_tiny.join_ranks(train_tiny.command_line().parse_args(argv))
