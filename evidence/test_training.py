@@ -300,17 +300,18 @@ def test_the_best_device_is_taken_unless_one_is_named(monkeypatch):
         assert train_tiny.best_device() == best and train_tiny.best_device("cpu") == "cpu"
 
 
-def test_a_run_has_its_threads_and_its_folder(monkeypatch):
-    def set_up(c, methods):
-        raise ValueError(f"{torch.get_num_threads()} threads")
-
-    monkeypatch.setattr(train_tiny, "set_up", set_up)
-    with pytest.raises(ValueError, match="2 threads"):
-        train_tiny.execute(train_tiny.Config(threads=2), Path("unused"))
+@pytest.mark.parametrize("flags", [["--resume"], ["--sample"]])
+def test_a_run_and_a_sample_have_their_threads_and_their_folder(monkeypatch, flags):
     found = []
-    monkeypatch.setattr(train_tiny, "execute", lambda c, out, resume: found.append((out, resume)))
-    assert train_tiny.main(["--method", "lora", "--resume"]) == 0
-    assert found == [(Path("runs/lora"), True)]
+
+    def note(out):
+        found.append((out, torch.get_num_threads()))
+
+    monkeypatch.setattr(train_tiny, "execute", lambda c, out, resume: note(out) or resume)
+    monkeypatch.setattr(train_tiny, "sample", lambda out, prompt: note(out))
+    assert train_tiny.main(["--method", "lora", "--threads", "2", *flags]) == 0
+    assert found == [(Path("runs/lora"), 2)]
+    assert train_tiny.main(["--method", "lora", "--threads", "0", *flags]) == 2 and len(found) == 1
 
 
 def test_a_bug_is_not_told_as_a_sentence(base, tmp_path, monkeypatch):
