@@ -53,7 +53,7 @@ k_hat %, so dividing makes equal steps count equally. kappa of SiLU and GELU sta
 does k_hat: the scale runs from 0.77 to 2. A negative k_hat (larger gates, smaller phi) is clipped,
 too: the scale is 2, a choice. Where fewer than 5 % of the gates lie on one side of 0 there are no
 two regimes, and the scale jumps to 1.
-Why average I over steps, not k_hat? A mask that flickers moves every row; k_hat varies little.
+Why average I over steps, not k_hat? A mask that flickers moves every row in turn; a scale may vary.
 Why every 17th token? It costs little, and moving on by one at each step misses no token for long.
 Which settings are LoRA bit for bit? Scale off, together with mask off or keep = 1.
 
@@ -717,6 +717,7 @@ def activation(ffn, config=None):
             return getattr(ffn, name)
     if hasattr(ffn, "down_proj"):
         return ACTIVATIONS.get(getattr(getattr(ffn, "config", config), "hidden_act", None))
+    return None
 
 def kind(act):
     """Equal if one call may evaluate both: one object, or modules alike in class and attributes."""
@@ -1113,12 +1114,13 @@ def own_modules(model):
     torch.compile, DDP, FSDP or activation checkpointing."""
     wrapped = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    names = {model: ""}
-    for m in model.modules():  # parents first
-        for part, child in m.named_children():
-            own = part not in wrapped and not isinstance(m, parallel)
-            names.setdefault(child, f"{names[m]}.{part}".strip(".") if own else names[m])
-    return {names[m]: m for m in model.modules()}
+    modules = dict(model.named_modules())
+    own = {"": ""}
+    for name in list(modules)[1:]:  # parents first
+        parent, _, part = name.rpartition(".")
+        skip = part in wrapped or isinstance(modules[parent], parallel)
+        own[name] = own[parent] if skip else f"{own[parent]}.{part}".removeprefix(".")
+    return {own[name]: m for name, m in modules.items()}
 
 def put(model, new):
     """Puts new[m] in the place of each module m. ValueError if one stands at several places."""
@@ -1140,8 +1142,8 @@ def save_adapter(model, directory, base_model=None, settings=None):
     _, rank, alpha, _ = next(iter(kinds))
     refuse(kinds != {(LoRALinear, rank, alpha, alpha / rank)}, "An adapter holds plain LoRA of one "
            "size: these layers differ in rank or alpha, are more than LoRA or scaled otherwise.")
-    others = [name for name, p in model.named_parameters()
-              if p.requires_grad and not name.endswith((".lora_A", ".lora_B"))]
+    held = {id(p) for p in lora_parameters(model)}
+    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
     refuse(others, f"{', '.join(others[:3])} would not be in the adapter, yet trains: freeze it, "
            "or merge_lora(model) and save the model.")
     whole = own_modules(model)[""]

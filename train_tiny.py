@@ -33,7 +33,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import problems
 from data.problems import (DATA, CheckpointTokenizer, digest, encode_problem,  # noqa: F401
-                           is_right, mean_loss, read_problems, read_splits)  # some for others
+                           is_right, mean_loss, read_problems, read_splits)
+# Those that are unused here were this file's once: other scripts may import them from it.
 from nalora import (Llama, LlamaConfig, NALoRA, NALoRAConfig, inject_lora, load_adapter,
                     lora_parameters, read_json, refuse, save_adapter, write_files)
 
@@ -262,15 +263,17 @@ def load_checkpoint(run, out):
     """Puts the run into the state of its last checkpoint and returns its records; [] if there is
     none. ValueError if the folder holds another run, or the file is damaged."""
     path = out / "checkpoint.pt"
+    if not (out / "config.json").exists():
+        return []
+    saved = read_json(out / "config.json")
     here = run.settings
-    saved = read_json(out / "config.json") if (out / "config.json").exists() else here
     for key in {**saved, **here}:
         how = "resume it with its own settings, or choose another --out"
         if key == "threads":
             how = f"sums would be rounded in another order, so give --threads {saved.get(key)}"
         refuse(saved.get(key) != here.get(key), f"{out} holds a run with {key} = "
                f"{saved.get(key)!r}, not {here.get(key)!r}: {how}.")
-    if saved is here or not path.exists():
+    if not path.exists():
         return []
     try:
         content = path.read_bytes()

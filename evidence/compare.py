@@ -169,6 +169,9 @@ def save(run, out):
     return next((out / "adapter").glob("*.safetensors"))
 
 
+digest = cache(problems.digest)             # a base may be large
+
+
 def run_job(out, config, keep):
     """One run of a comparison; what it prints goes to log.txt in its folder. A run whose loss is
     not finite has the summary val_loss null."""
@@ -181,16 +184,13 @@ def run_job(out, config, keep):
             summary = train_tiny.execute(config, out, True, save, controls.METHODS)
             summary.setdefault("peak_memory_mb", measures.peak_memory_mb(device))
         except train_tiny.Diverged as e:
-            places = digest(config.data, config.base)
-            summary = {"val_loss": None, "diverged": str(e), "digest": places}
+            summary = {"val_loss": None, "diverged": str(e),
+                       "digest": digest(config.data, config.base)}
     write_files(out, {"summary.json": summary})
     weights = out / "model" / "model.safetensors"
     for path in [out / "checkpoint.pt"] + [weights] * (not keep):
         path.unlink(missing_ok=True)        # gigabytes for a real model
     return read_summary(out)
-
-
-digest = cache(problems.digest)
 
 
 def read_summary(out):

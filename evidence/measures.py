@@ -29,7 +29,6 @@ from nalora import (
     widen,
     write_files,
 )
-from train_tiny import mean_loss
 
 # what a row of comparison.json takes from a run's summary.json
 KEPT = ("val_loss", "test_exact_match", "arithmetic_accuracy", "trainable_parameters",
@@ -181,18 +180,18 @@ class Bench:
         self.base = Llama.from_pretrained(config.base).eval()
         text = held_out_text(self.base, self.run)
         self.text = [(part[:, :-1], part[:, 1:], None) for part in text.split(16)]
-        self.base_text_loss = mean_loss(self.base, self.text)
+        self.base_text_loss = problems.mean_loss(self.base, self.text)
         self.base_seen = observe(self.base, self.run.validation)
 
     def observe(self, model):
         return observe(model, self.run.validation)
 
     def forgetting(self, model):
-        return mean_loss(model, self.text) - self.base_text_loss
+        return problems.mean_loss(model, self.text) - self.base_text_loss
 
     def val_loss(self, model):
         with self.run.autocast:
-            return mean_loss(model.to(self.run.device), self.run.validation)
+            return problems.mean_loss(model.to(self.run.device), self.run.validation)
 
 
 def means(layers):

@@ -361,10 +361,8 @@ def test_keys_without_prefix_are_read_and_none_is_thrown_away(tmp_path):
 def test_what_an_adapter_would_not_hold_is_refused(tmp_path):
     model = trained_lora()
     model.model.norm.weight.requires_grad_(True)
-    model.lora_gain = nn.Parameter(torch.ones(1))
-    with pytest.raises(
-        ValueError, match="lora_gain, model.norm.weight would not be in the adapter"
-    ):
+    model.gain = nn.ParameterDict({"lora_A": torch.ones(1)})  # no pair of ours
+    with pytest.raises(ValueError, match="model.norm.weight, gain.lora_A would not be in the"):
         save_adapter(model, tmp_path / "a")
 
     class More(LoRALinear):

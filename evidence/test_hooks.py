@@ -174,7 +174,8 @@ def test_checkpointing_of_other_ffns_changes_nothing(layout, reentrant):
         tool = NALoRA(model, opt, NALoRAConfig(stride=3))
         torch.manual_seed(1)
         losses = [model(torch.randn(2, n, 8, requires_grad=True)).sum() for n in (5, 4, 5)]
-        losses[2].backward(), losses[0].backward()  # one is never trained on
+        losses[2].backward()
+        losses[0].backward()  # the one between them is never trained on
         opt.step()
         assert layout == "apart" or tool._stacks[0].rows[0] == 12
         return model, opt, tool
