@@ -35,7 +35,7 @@ activation receives, LoRA's update included. Defaults: keep 0.5, ema 0.9, stride
                  mask  = the max(1, ceil(keep F - 1e-9)) channels of largest I, lower index first
                  k_hat = P / Q, or 1 if Q = 0;  p = G / (N F)
                  scale = 1 / clip(k_hat, 1/2, 2) if min(p, 1 - p) >= 0.05, else 1
-             and in any case n = n + 1 and the sums are 0 again. After every step
+             and, even if not, n = n + 1 and all sums are 0 again. After every optimizer.step()
                  row c of B_gate                    = blend(before, after, mask_c scale)
                  A_gate, and A and B of up and down = blend(before, after, scale)
     blend(b, a, w) = b + w (a - b) if w < 1/2, else a - (a - b) (1 - w)  (exact at w = 0 and 1)
@@ -225,7 +225,7 @@ class Hook:
 def lora_pair(linear):
     """[A (rank, in), B (out, rank)] of a layer with LoRA, ours or PEFT's, or []."""
     pair = [getattr(linear, name) for name in ("lora_A", "lora_B") if hasattr(linear, name)]
-    if pair and isinstance(pair[0], nn.ModuleDict):  # PEFT's {adapter: nn.Linear}
+    if pair and hasattr(linear, "active_adapters"):  # PEFT's: {adapter: nn.Linear}
         pair = [part[name] for name in linear.active_adapters if name in pair[0] for part in pair]
     return [getattr(part, "weight", part) for part in pair]
 
