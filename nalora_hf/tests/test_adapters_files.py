@@ -1,7 +1,9 @@
 """Files as they should not be: broken, foreign, hostile. Each is refused in a sentence or read."""
 
 import json
+import math
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import nalora_hf
 from nalora import LoRALinear
 from nalora_hf import adapters, inject_lora, load_adapter, save_adapter
-from nalora_hf.tests.helpers import FFN, batch, small_llama, trained_lora
+from nalora_hf.tests.helpers import FFN, batch, small_llama, spoiled, trained_lora
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -29,6 +31,80 @@ def test_two_files_are_both_old_or_both_serialised(tmp_path):
         nalora_hf.write_files(tmp_path, {"a.json": 3, "b.json": {1, 2}})
     assert [(tmp_path / n).read_text() for n in ("a.json", "b.json")] == ["1\n", "2\n"]
     assert sorted(os.listdir(tmp_path)) == ["a.json", "b.json"]
+
+
+@pytest.fixture(scope="session")
+def intact(tmp_path_factory):
+    """An adapter that can be spoiled."""
+    folder = tmp_path_factory.mktemp("intact")
+    save_adapter(trained_lora(), folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "file", ["adapter_model.safetensors", "adapter_config.json", "nalora.json"]
+)
+def test_a_spoiled_adapter_is_refused_with_a_sentence_or_read_whole(intact, tmp_path, file):
+    folder = tmp_path / "copy"
+    shutil.copytree(intact, folder)
+    path = folder / file
+    whole = path.read_bytes()
+    read = lambda: load_adapter(small_llama(), folder)
+    read()
+    names = sorted(os.listdir(folder))
+    refused = 0
+    for kind, content in spoiled(whole, tmp_path / "executed"):
+        path.write_bytes(content)
+        try:
+            read()
+            assert kind not in ("cut", "pickle"), len(content)
+        except ValueError as e:
+            refused += 1
+            assert "\n" not in str(e)
+    assert refused > 20 and not (tmp_path / "executed").exists()
+    path.unlink()
+    for spoil in (
+        path.mkdir,
+        lambda: (path.rmdir(), path.symlink_to("/dev/null")),
+        lambda: (path.unlink(), path.symlink_to(path)),
+    ):
+        spoil()
+        if path.is_symlink() and not path.exists() and file == "nalora.json":
+            continue  # it need not be there, and a circle of links is none
+        with pytest.raises(ValueError, match="cannot be read|no plain LoRA"):
+            read()
+    path.unlink()
+    path.write_bytes(whole)
+    read()
+    assert sorted(os.listdir(folder)) == names  # reading writes nothing
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda t, k: {**t, k: t[k].int()}, "int32"),
+        (lambda t, k: {**t, k: t[k] * math.nan}, "finite"),
+        (lambda t, k: {**t, k: t[k] / 0}, "finite"),
+        (lambda t, k: {**t, k: t[k].bool()}, "bool"),
+        (lambda t, k: {**t, k: t[k].to(torch.float8_e4m3fn)}, "float8_e4m3fn"),
+        (
+            lambda t, k: {**t, k.replace("layers.0", "layers.0/../.."): t[k].clone()},
+            "layers|not fit",
+        ),
+        (lambda t, k: {**t, "/etc/passwd": t[k].clone()}, "passwd|not fit"),
+        (lambda t, k: {**t, k: t[k][:1]}, "not fit"),
+        (lambda t, k: {}, "not fit"),
+        (lambda t, k: {**t, k: t[k][None]}, "not fit"),
+    ],
+)
+def test_weights_that_are_not_weights_are_refused(intact, tmp_path, spoil, message):
+    shutil.copytree(intact, tmp_path / "copy")
+    path, model = tmp_path / "copy" / "adapter_model.safetensors", small_llama()
+    tensors = load_file(path)
+    save_file(spoil(tensors, next(k for k in tensors if "layers.0.mlp.gate_proj" in k)), path)
+    with pytest.raises(ValueError, match=message):
+        load_adapter(model, path.parent)
+    assert not any(isinstance(m, LoRALinear) for m in model.modules())
 
 
 @pytest.mark.parametrize(
