@@ -350,3 +350,10 @@ def test_it_warns_when_it_saw_no_gate():
     model.eval()
     with pytest.warns(UserWarning, match="saw no gate"):
         take_step(model, opt, 0)
+
+
+def test_what_is_off_hooks_nothing():
+    model, opt, tool = start(NALoRAConfig(mask="none", scale="none"))
+    hooks = ("_forward_hooks", "_forward_pre_hooks")
+    assert not tool._handles and not any(getattr(m, h) for m in model.modules() for h in hooks)
+    assert not opt._optimizer_step_post_hooks
