@@ -12,7 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # pytest may be started anywhere
 
-from evidence import bench, board, compare, families, figures, paired, report
+from evidence import bench, board, compare, figures, paired, report
 from evidence.test_compare import comparison_arguments
 from nalora import (
     Llama,
@@ -239,19 +239,6 @@ def test_the_benchmark_measures_the_same_work(base, tmp_path, capsys, monkeypatc
     tmp_path.joinpath("bench.json").rename(tmp_path / "results" / "bench.json")
     text = "<!-- sizes of results -->\nold\n<!-- end -->"
     assert report.bench_tables(b)["sizes"] in report.with_tables(text, tmp_path)
-
-
-def test_the_families_in_the_readmes_are_those_of_the_survey():
-    rows = json.loads((RESULTS / "families.json").read_text())
-    assert f"{families.MARK}\n{families.report(rows)}\n{families.END}" in README
-    outcomes = [row["outcome"] for row in rows.values()]
-    assert outcomes.count("steered") >= 80 and "wrong" not in outcomes
-    text = (HERE / "README.md").read_text(encoding="utf-8")
-    assert (
-        f"Of the {len(rows)} causal language models" in text
-        and f"{outcomes.count('steered')} gated ones" in text
-        and f"So are {outcomes.count('ungated')} without a gate" in text
-    )
 
 
 def test_the_tables_of_the_readme_are_those_of_the_results():

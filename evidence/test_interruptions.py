@@ -17,8 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # pytest may be
 
 import nalora
 import train_tiny
-from evidence.test_files import intact  # noqa: F401
-from evidence.test_setups import free_port
+from evidence.test_left_over import free_port, intact  # noqa: F401
 from test_nalora import (
     HERE,
     arguments,

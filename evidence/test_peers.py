@@ -15,7 +15,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # pytest may be started anywhere
 
 from evidence import peer_files, peers
-from evidence.test_files import spoiled
+from evidence.test_left_over import spoiled
 from nalora import ACTIVATIONS, NALoRA, NALoRAConfig, merge_lora, save_adapter
 from test_nalora import (
     FFN,

@@ -1,9 +1,9 @@
 """Which of transformers' causal language models NA-LoRA steers, tried one by one on tiny random
 models under PEFT's LoRA on all linear layers:
 
-    python -m evidence.families             every family, some minutes; writes results/families.json
-    python -m evidence.families qwen3 glm4  some families, only printed
-    python -m evidence.families --report    writes the table of evidence/README.md from the file
+    python -m nalora_hf.survey             every family, some minutes; writes MODELS.json, MODELS.md
+    python -m nalora_hf.survey qwen3 glm4  some families, only printed
+    python -m nalora_hf.survey --report    writes the table of MODELS.md from MODELS.json
 
 A row says "steered" only if two things were seen. The importance is the mean |phi'| of what each
 FFN's activation received, all tokens counted by a hook of our own. And one step of SGD moved the
@@ -21,19 +21,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from nalora import (
-    NALoRA,
-    NALoRAConfig,
-    activation,
-    correct,
-    inject_lora,
-    lora_pairs,
-    read_json,
-    value_and_slope,
-    write_files,
-)
+from nalora import NALoRAConfig, value_and_slope
+from nalora_hf.adapters import inject_lora, read_json, write_files
+from nalora_hf.families import activation, features, lora_pairs
+from nalora_hf.steer import NALoRA, correct
 
-RESULTS = Path(__file__).parent / "results"
+PACKAGE = Path(__file__).parent
 
 
 def all_of(names, value):
@@ -221,7 +214,7 @@ def gated(tool_stack):
     ffn, gate = tool_stack.ffns[0], tool_stack.gates[0]
     width = tool_stack.state.mask.size(-1)
     others = [m for m in ffn.children() if m is not gate]
-    return tool_stack.fused or any(getattr(m, "out_features", None) == width for m in others)
+    return tool_stack.fused or any(features(m, "out") == width for m in others)
 
 
 def try_family(name):
@@ -281,7 +274,7 @@ def survey(chosen):
     return rows
 
 
-MARK = "<!-- families -->"  # in evidence/README.md, before the table
+MARK = "<!-- families -->"  # in MODELS.md, before the table
 END = "<!-- end -->"
 TITLES = {
     "steered": "Gated, steered and verified",
@@ -331,17 +324,16 @@ def main(argv=None):
     if not args.report:
         rows = survey(args.families)
         if not args.families:
-            write_files(RESULTS, {"families.json": rows})
+            write_files(PACKAGE, {"MODELS.json": rows})
     else:
-        rows = read_json(RESULTS / "families.json")
+        rows = read_json(PACKAGE / "MODELS.json")
     table = report(rows)
     print(table)
     if not args.families:
-        readme = RESULTS.parent / "README.md"
-        text = readme.read_text(encoding="utf-8")
+        text = (PACKAGE / "MODELS.md").read_text(encoding="utf-8")
         before, _, rest = text.partition(MARK)
         text = f"{before}{MARK}\n{table}\n{END}{rest.partition(END)[2]}"
-        write_files(readme.parent, {readme.name: text})
+        write_files(PACKAGE, {"MODELS.md": text})
 
 
 if __name__ == "__main__":

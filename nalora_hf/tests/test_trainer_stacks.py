@@ -2,31 +2,24 @@
 
 The packages are extras; .ci/run installs them."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # pytest may be started anywhere
-
-import nalora
-from evidence import families
-from evidence.test_models import TINY, family, pairs_of, peft_llama, random_model, wake
-from nalora import (
-    NALoRA,
-    NALoRACallback,
-    NALoRAConfig,
-    inject_lora,
-    save_adapter,
-)
-from test_nalora import (
+import nalora_hf
+from nalora import NALoRAConfig
+from nalora_hf import NALoRA, NALoRACallback, families, inject_lora, save_adapter, steer, survey
+from nalora_hf.tests.helpers import (
     FFN,
+    TINY,
     batch,
-    one_thread,  # noqa: F401
+    family,
+    pairs_of,
+    peft_llama,
+    random_model,
     small_llama,
+    wake,
 )
 
 pytest.importorskip("transformers")
@@ -42,7 +35,7 @@ def moved_as_masked(tool):
     found = []
     for stack in tool._stacks:
         for i, gate in enumerate(stack.gates):
-            B = nalora.lora_pairs(gate)[0][1]
+            B = families.lora_pairs(gate)[0][1]
             found.append(torch.equal((B != 0).any(1), stack.state.mask[i]))
     return len(found) >= 2 and all(found)
 
@@ -99,7 +92,7 @@ def test_interop_pissa_and_adalora():
     ada = AdaLoraConfig(init_r=4, target_r=2, total_step=20, target_modules="all-linear")
     for config in (config, ada):
         model = get_peft_model(family("Llama"), config)
-        pairs = [pair for m in model.modules() for pair in nalora.lora_pairs(m)]
+        pairs = [pair for m in model.modules() for pair in families.lora_pairs(m)]
         before = {id(B): B.detach().clone() for _, B in pairs}
         wake = [p for name, p in model.named_parameters() if "lora_E" in name]
         for E in wake:
@@ -107,7 +100,7 @@ def test_interop_pissa_and_adalora():
         tool = one_step(model, torch.optim.AdamW(trainable(model), lr=1e-2))
         for stack in tool._stacks:
             for i, gate in enumerate(stack.gates):
-                B = nalora.lora_pairs(gate)[0][1]
+                B = families.lora_pairs(gate)[0][1]
                 assert torch.equal((B != before[id(B)]).any(1), stack.state.mask[i])
 
 
@@ -116,7 +109,7 @@ def test_interop_optimizers(kind):
     from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 
     model = peft_llama()
-    pairs = [pair for m in model.modules() for pair in nalora.lora_pairs(m)]
+    pairs = [pair for m in model.modules() for pair in families.lora_pairs(m)]
     A, B = ([pair[i] for pair in pairs] for i in (0, 1))
     if kind == "LoRA+":
         made = [create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=4)]
@@ -297,18 +290,16 @@ def test_interop_both_towers_of_a_vision_language_model():
 def test_interop_families_are_what_the_table_says(name):
     if not hasattr(__import__("transformers"), name):
         pytest.skip("this transformers has no such model")
-    table = nalora.read_json(families.RESULTS / "families.json")
-    assert families.try_family(name) == table[name]
+    table = nalora_hf.read_json(survey.PACKAGE / "MODELS.json")
+    assert survey.try_family(name) == table[name]
 
 
 def test_interop_the_survey_sees_what_is_wrong(monkeypatch):
-    monkeypatch.setattr(
-        nalora.Observer, "before_act", lambda *args: None
-    )  # the gate's output, then
-    assert families.try_family("DoryForCausalLM")["outcome"] == "wrong"
+    monkeypatch.setattr(steer.Observer, "before_act", lambda *args: None)  # the gate's output, then
+    assert survey.try_family("DoryForCausalLM")["outcome"] == "wrong"
     monkeypatch.undo()
-    monkeypatch.setattr(nalora, "own_rows", lambda factor, p: factor.roll(1, 0))
-    assert families.try_family("LlamaForCausalLM")["outcome"] == "wrong"
+    monkeypatch.setattr(steer, "own_rows", lambda factor, p: factor.roll(1, 0))
+    assert survey.try_family("LlamaForCausalLM")["outcome"] == "wrong"
 
 
 def test_interop_experts_are_left_alone_and_dense_and_shared_ffns_are_steered(tmp_path):

@@ -1,11 +1,9 @@
-"""Small promises of nalora.py's wiring, each of which a mutant once broke with no test failing."""
+"""Small promises of NALoRA's wiring, each of which a mutant once broke with no test failing."""
 
 import copy
 import json
 import math
-import sys
 import warnings
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,36 +12,34 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # pytest may be started anywhere
-
-import nalora
-from evidence.test_gates import OtherFFN, other_model, other_step
-from evidence.test_passes import ends_alike, state_of
-from nalora import (
-    LoRALinear,
+import nalora_hf
+from nalora import LoRALinear, NALoRAConfig
+from nalora_hf import (
     NALoRA,
-    NALoRAConfig,
+    adapters,
+    families,
     inject_lora,
     load_adapter,
     lora_parameters,
     save_adapter,
+    steer,
 )
-from test_nalora import (
+from nalora_hf.tests.helpers import (
     FFN,
+    OtherFFN,
     batch,
+    ends_alike,
     equal,
     lora_llama,
-    one_thread,  # noqa: F401
+    other_model,
+    other_step,
+    sgd,
     small_llama,
     start,
+    state_of,
     take_step,
     trained_lora,
 )
-
-
-def sgd(model):
-    return torch.optim.SGD(lora_parameters(model), lr=0.1)
-
 
 # ---- what is seen and summed ----
 
@@ -152,7 +148,7 @@ def test_what_a_closure_computes_adds_up(monkeypatch):
     passes = []
     tokens = []
     monkeypatch.setattr(
-        nalora, "sum_over_ranks", lambda stacks: tokens.append(stacks[0].sums.tokens.tolist())
+        steer, "sum_over_ranks", lambda stacks: tokens.append(stacks[0].sums.tokens.tolist())
     )
 
     def closure():
@@ -198,7 +194,7 @@ def test_ffns_of_other_width_or_dtype_are_kept_apart():
     inject_lora(model, ["gate_proj", "gate_up_proj"], 4, 8)
     assert [len(s["mask"]) for s in NALoRA(model, sgd(model)).statistics().values()] == [12, 24]
     model = lora_llama()
-    nalora.lora_layers(model)["model.layers.1.mlp.gate_proj"].double()
+    nalora_hf.lora_layers(model)["model.layers.1.mlp.gate_proj"].double()
     dtypes = [s["importance"].dtype for s in NALoRA(model, sgd(model)).statistics().values()]
     assert dtypes == [torch.float32, torch.float64]
 
@@ -208,7 +204,7 @@ def test_how_wide_a_gate_is():
     assert all(len(s["mask"]) == 64 for s in NALoRA(model, sgd(model)).statistics().values())
     ffn = OtherFFN("gate first")
     ffn.gate_up_proj, ffn.down_proj = LoRALinear(nn.Linear(24, 24), 4, 8), nn.Linear(12, 24)
-    assert nalora.channels(ffn, ffn.gate_up_proj) == 12
+    assert families.channels(ffn, ffn.gate_up_proj) == 12
 
 
 def test_a_layer_inside_another_is_not_the_ffns():
@@ -221,11 +217,12 @@ def test_a_layer_inside_another_is_not_the_ffns():
 
 def test_which_activation_is_an_ffns():
     model = lora_llama()
-    assert NALoRA(model, sgd(model), act=F.gelu)._stacks[0].act is F.silu  # its own
+    act = NALoRA(model, sgd(model), act=F.gelu)._stacks[0].act
+    assert torch.equal(act(torch.ones(3)), F.silu(torch.ones(3)))  # its own
     ffn = OtherFFN()
     del ffn.act_fn
     ffn.act_fn, ffn.act = "silu", F.gelu
-    assert nalora.activation(ffn) is F.gelu
+    assert families.activation(ffn) is F.gelu
     model = lora_llama(["q_proj"])
     with pytest.raises(ValueError, match="self_attn has no activation"):
         NALoRA(model, sgd(model), gate="q_proj")
@@ -241,7 +238,7 @@ def test_adapters_that_only_other_layers_have():
     A, B = torch.zeros(2, 4), torch.zeros(4, 2)
     names = ["a", "of other layers"]
     layer = SimpleNamespace(lora_A={"a": A}, lora_B={"a": B}, active_adapters=names)
-    assert len(nalora.lora_pairs(layer)) == 1
+    assert len(families.lora_pairs(layer)) == 1
 
 
 @pytest.mark.parametrize(
@@ -283,7 +280,7 @@ def test_parameters_without_rows_or_sharded_within_rows_are_refused():
     try:
         model = lora_llama()
         mesh = torch.distributed.init_device_mesh("cpu", (1,))
-        for layer in nalora.lora_layers(model).values():
+        for layer in nalora_hf.lora_layers(model).values():
             layer.lora_A = nn.Parameter(distribute_tensor(layer.lora_A.data, mesh, [Shard(1)]))
         with pytest.raises(ValueError, match="sharded within rows"):
             NALoRA(model, sgd(model))
@@ -343,7 +340,7 @@ def test_the_callback_sees_masks_of_tokens_alone_and_leaves_nothing(kind):
     pytest.importorskip("transformers")
     model = kind()
     opt = sgd(model)
-    callback = nalora.NALoRACallback()
+    callback = nalora_hf.NALoRACallback()
     callback.on_train_begin(None, None, None, model=model, optimizer=opt)
     tokens = batch(0)[0]
     mask = torch.ones_like(tokens)
@@ -359,7 +356,7 @@ def test_the_callback_sees_masks_of_tokens_alone_and_leaves_nothing(kind):
             assert callback.nalora.token_mask is seen
     callback.on_train_end(None, None, None)
     assert not any(m._forward_pre_hooks for m in model.modules()) and not hasattr(opt, "nalora")
-    plain = nalora.NALoRACallback(NALoRAConfig(mask="none", scale="none"))
+    plain = nalora_hf.NALoRACallback(NALoRAConfig(mask="none", scale="none"))
     plain.on_train_begin(None, None, None, model=model, optimizer=opt)
     model(tokens, mask)
 
@@ -376,7 +373,7 @@ def test_what_is_said_once_or_by_one(monkeypatch, capsys):
         model(*batch(1))
     assert len([w for w in found if "Other adapters" in str(w.message)]) == 1
     capsys.readouterr()
-    monkeypatch.setattr(nalora, "this_rank", lambda: 1)
+    monkeypatch.setattr(steer, "this_rank", lambda: 1)
     start(NALoRAConfig())
     assert capsys.readouterr().out == ""
 
@@ -431,7 +428,7 @@ def test_interop_what_peft_refuses_is_not_written(monkeypatch, tmp_path):
         raise ValueError("of another kind")
 
     monkeypatch.setattr(theirs, "convert_peft_config_for_transformers", refuse)
-    assert not nalora.peft_reads(small_llama(), FFN)
+    assert not adapters.peft_reads(small_llama(), FFN)
     with pytest.raises(ValueError, match="PEFT reads these names"):
         save_adapter(lora_llama(), tmp_path)
 
@@ -445,4 +442,4 @@ def test_an_adapter_without_one_of_its_tensors_is_refused(tmp_path):
     model = small_llama()
     with pytest.raises(ValueError, match="does not fit this model"):
         load_adapter(model, tmp_path)
-    assert not nalora.has_lora(model)
+    assert not adapters.has_lora(model)
