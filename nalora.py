@@ -3,7 +3,7 @@ reference. Here: the mathematics, NALoRA, LoRA with its files, and a Llama to sh
 nalora_hf/: FFNs of other layouts, trainers, sharded models.
 
 THE IDEA. The feed-forward network (FFN) of a Llama computes h = phi(z) * u from a gate
-z = W_gate x and features u = W_up x. Its activation is self-gated, a weight times a value:
+z = W_gate x and u = W_up x. Its activation is self-gated, a weight times the feature z itself:
 phi(z) = rho(z) z. So moving a gate by delta moves two things at once:
     phi(z + delta) - phi(z)  =  rho(z) delta  +  z rho'(z) delta  +  O(delta^2)
                                features move     selection moves
@@ -11,31 +11,32 @@ LoRA treats its update as a change of features, yet it also changes which channe
 the paper's selection misalignment, which evidence/ measures. The second move over the first is
 kappa(z) - 1, where kappa = z phi' / phi is the local degree of homogeneity (Euler: z phi' = k phi
 exactly where phi(t z) = t^k phi(z), t > 0). Where kappa > 1 selection amplifies the move, where
-kappa < 1 it opposes it. NA-LoRA lets phi' and kappa steer the training of a LoRA adapter. It adds
-no loss, parameter or cost of inference. LoRA on attention is left alone.
+kappa < 1 it opposes it. NA-LoRA does not undo that. It lets those gate channels move that respond
+(phi'), and an FFN take smaller steps the more its gates amplify them (kappa). It acts on training
+alone: it adds no loss, parameter or cost of inference.
 
 USE IT. One line turns a LoRA loop into an NA-LoRA loop:
     inject_lora(model, ["gate_proj", "up_proj", "down_proj"], rank=8, alpha=16)  # or PEFT's LoRA
-    optimizer = torch.optim.AdamW(lora_parameters(model), lr=5e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     nalora = NALoRA(model, optimizer)  # the one line; train as ever, save nalora.state_dict(), too
 Padding counts as tokens unless you set nalora.token_mask (batch, seq), nonzero for real tokens,
-before each pass; None means that there is no padding.
+before each pass. If nalora.steps stays 0 no gate was seen: call model.train().
 
 THE ALGORITHM. An FFN has F gate channels and LoRA pairs (A, B) on gate, up and down. z is what its
 activation receives, LoRA's update included. Defaults: keep 0.5, ema 0.9, stride 17.
     start    importance I = 0, mask = every row, scale = 1, n = 0
-    forward  of each pass in train mode with gradients: number its tokens i = 0, 1, ... row by row,
-             padding too. w = 1 if i mod stride = n mod stride and token i is not masked, else 0.
-             Sum over tokens, P, Q and G over channels as well (passes and ranks add up):
+    forward  Each pass in train mode with gradients: number its tokens i = 0, 1, ... row by row,
+             padding too. w = 1 if i mod stride = n mod stride and token i is real, else 0.
+             Sum over tokens, P, Q, G over channels, too; passes, also recomputed, and ranks add up:
                  N = sum w   S_c = sum w |phi'(z_c)|   P = sum w z phi'(z) phi(z)
                  Q = sum w phi(z)^2   G = sum w [z > 0]
-    step     before = A, B;  optimizer.step();  after = A, B.  Unless the step was skipped (by
-             GradScaler) or no pass came before it: if N > 0 and all sums are finite, then
+    step     before = A, B;  optimizer.step();  after = A, B.  If a pass came before it and
+             GradScaler did not skip it: n = n + 1, and if N > 0 and all sums are finite
                  I     = blend(S / N, I, ema)
                  mask  = the max(1, ceil(keep F - 1e-9)) channels of largest I, lower index first
                  k_hat = P / Q, or 1 if Q = 0;  p = G / (N F)
                  scale = 1 / clip(k_hat, 1/2, 2) if min(p, 1 - p) >= 0.05, else 1
-             and, even if not, n = n + 1 and all sums are 0 again. After every optimizer.step()
+             Then the sums are 0 again. After every optimizer.step(), whatever came before it,
                  row c of B_gate                    = blend(before, after, mask_c scale)
                  A_gate, and A and B of up and down = blend(before, after, scale)
     blend(b, a, w) = b + w (a - b) if w < 1/2, else a - (a - b) (1 - w)  (exact at w = 0 and 1)
@@ -63,17 +64,17 @@ GLOSSARY    z: gate pre-activation   phi: act   phi': slope   A, B: lora_A, lora
     k_hat  effective_homogeneity  the k that fits z phi' = k phi best in least squares
     I, p   importance, occupancy  moving average of a channel's mean |phi'|; share of z > 0
 
-WHOSE IS WHAT. No equation of the paper is public to us. Never cite this file as its method.
+WHOSE IS WHAT. We have seen no equation of the paper. Never cite this file as its method.
     the paper, in public                           | our reading
     selection misalignment; "the local effective   | kappa - 1 as the ratio of the two moves;
       homogeneity of self-gated activations"       |   k_hat by least squares
-    "a derivative-based temporal-importance mask   | phi' (not rho'), that large |phi'| moves, its
-      for gate-related LoRA updates"               |   mean, ema, keep, hard cut, B_gate's step
+    "a derivative-based temporal-importance mask   | phi' (not rho'), that large |phi'| moves; its
+      for gate-related LoRA updates"               |   mean, ema, keep, hard cut, on B_gate's step
     "an activation-specific step-scaling rule when | z = 0 as cut, the 5 %, 1 / k_hat, its clip, its
       a meaningful coarse effective-homogeneity    |   reach over gate, up and down; all default
       partition is available"; training only       |   values
 BEFORE YOU PORT, check: scale off and keep 1 are LoRA bit for bit; rows outside the mask keep their
-bits under momentum and decay; data/vectors agree; evaluation and skipped steps leave no trace.
+bits under momentum and decay; data/vectors agree; evaluation leaves no trace.
 """
 import json
 import math
@@ -95,9 +96,9 @@ def widen(t):
 
 def value_and_slope(act, z):
     """phi(z) and phi'(z), shaped like z, of any elementwise activation: a function or a module."""
-    act = getattr(act, "forward", act)  # of a module, without hooks
+    act = getattr(act, "forward", act)  # skips a module's hooks
     with torch.no_grad(), forward_ad.dual_level():  # z moves at speed 1, so phi moves at phi'
-        dual = forward_ad.make_dual(z.clone(), torch.ones_like(z))  # some work in place
+        dual = forward_ad.make_dual(z.clone(), torch.ones_like(z))  # act may be in place
         return tuple(forward_ad.unpack_dual(act(dual)))
 
 def selection_weight(act, z):
@@ -111,7 +112,7 @@ def homogeneity(act, z):
     return torch.where(phi == 0, 1, z * slope / torch.where(phi == 0, 1, phi))
 
 class GateSums(NamedTuple):
-    """F + 4 sums over an FFN's observed tokens. Those of passes and ranks add up."""
+    """F + 4 sums over an FFN's observed tokens. Sums of passes and ranks add up."""
     score: Tensor  # (..., F) S: sum of |phi'(z_c)|
     tokens: Tensor  # (...) N: how many tokens
     z_slope_phi: Tensor  # (...) P: sum of z phi'(z) phi(z) over tokens and channels
@@ -124,13 +125,12 @@ class GateSums(NamedTuple):
         return torch.where(self.phi_phi > 0, self.z_slope_phi / self.phi_phi, 1)
 
 def observe(act, z, weight):
-    """GateSums of gates z (..., T, F). weight (..., T): 1 counts a token; 0 does not, whatever its
-    z holds. No tensor is changed in place, so the sums may be taken in any order."""
+    """GateSums of gates z (..., T, F); weight (..., T): 1 or, whatever z holds there, 0."""
     z = widen(z)
     weight = weight.to(z.dtype)
-    z = torch.where(weight[..., None] > 0, z, 0)  # (..., T, F); 0 adds nothing, for phi(0) is 0
+    z = torch.where(weight[..., None] > 0, z, 0)  # (..., T, F); phi(0) = 0 adds nothing
     phi, slope = value_and_slope(act, z)  # (..., T, F) each
-    return GateSums(score=(weight[..., None] * slope.abs()).sum(-2),  # but phi'(0) is not
+    return GateSums(score=(weight[..., None] * slope.abs()).sum(-2),  # phi'(0) is not 0
                     tokens=weight.sum(-1),
                     z_slope_phi=(z * slope * phi).sum((-2, -1)),
                     phi_phi=phi.square().sum((-2, -1)),
@@ -158,7 +158,7 @@ class NALoRAConfig:
     """What the method can vary. ValueError on other values."""
     keep: float = 0.5  # share of the gate channels whose row of B_gate moves, in (0, 1]
     ema: float = 0.9  # decay of the importance per step, in [0, 1)
-    stride: int = 17  # observe every 17th token: cheap; one place later at each step
+    stride: int = 17  # observe every 17th token: cheap; shifted by one at each step
     mask: str = "derivative"  # or "none": every row moves
     scale: str = "homogeneity"  # or "none": scale 1
     def __post_init__(self):
@@ -203,14 +203,14 @@ class SteeredFFN:
     B_gate: nn.Parameter  # (F, rank)
     parameters: list  # [A, B, ...] of gate, up and down, B_gate among them
     state: State = None
-    sums: GateSums = None  # of the passes since the last step; None if there was none
+    sums: GateSums = None  # of the passes since the last step, if any
     def __post_init__(self):
         zero = widen(self.B_gate.detach().new_zeros(len(self.B_gate)))  # (F,)
         nan = zero.new_tensor(math.nan)
         self.state = State(zero, zero == 0, nan, nan, zero.new_tensor(1))
 
 class Hook:
-    """Shows NALoRA an activation's input. A copy or pickle of the model has an idle one."""
+    """Shows NALoRA an activation's input. A copy or pickle of the model gets an idle hook."""
     def __init__(self, nalora=None, ffn=None):
         self.nalora = nalora
         self.ffn = ffn
@@ -231,8 +231,9 @@ def lora_pair(linear):
 
 class NALoRA:
     """Turns LoRA training into NA-LoRA: make it after the optimizer, then train as ever, also with
-    accumulation, gradient checkpointing, DDP, GradScaler or autocast. ValueError, and no hook, if
-    no FFN can be steered or `optimizer` lacks their LoRA."""
+    accumulation, checkpointing, DDP, GradScaler or autocast. ValueError, and no hook, if no FFN can
+    be steered or `optimizer` lacks their LoRA. A subclass may replace where z comes from (find,
+    attach, see), what p is (value, of p's memory), the method (observe, decide, row_factor)."""
     def __init__(self, model, optimizer, config=None):
         self.config = config or NALoRAConfig()
         self.token_mask = None  # (batch, seq) of the next pass, nonzero for real tokens
@@ -268,21 +269,21 @@ class NALoRA:
     def see(self, ffn, z):
         """A pass: adds the sums over z (..., F), the activation's input, to those of the step."""
         if not (ffn.act.training and z.requires_grad):
-            return  # evaluation, or nothing learns from it
-        mask = z.new_ones(z.shape[:-1]) if self.token_mask is None else self.token_mask
-        if mask.numel() != z.shape[:-1].numel():
-            raise ValueError(f"token_mask is {tuple(mask.shape)}, but the gates see tokens "
+            return  # evaluation, or nothing learns
+        real = z.new_ones(z.shape[:-1]) if self.token_mask is None else self.token_mask
+        if real.numel() != z.shape[:-1].numel():
+            raise ValueError(f"token_mask is {tuple(real.shape)}, but the gates see tokens "
                              f"{tuple(z.shape[:-1])}: set it before each pass, or to None.")
         every = slice(self.steps % self.config.stride, None, self.config.stride)
         sample = z.detach().flatten(0, -2)[every].to(ffn.state.importance)  # (T, F)
-        sums = self.observe(ffn, sample, mask.flatten()[every].ne(0).to(sample))
+        sums = self.observe(ffn, sample, real.flatten()[every].ne(0).to(sample))
         ffn.sums = sums if ffn.sums is None else ffn.sums + sums
 
     def before_step(self, optimizer, args, kwargs):
         self.before = {p: self.value(p).clone() for ffn in self.ffns for p in ffn.parameters}
 
     def after_step(self, optimizer, args, kwargs):
-        seen = [ffn for ffn in self.ffns if ffn.sums is not None]  # the same on every rank
+        seen = [ffn for ffn in self.ffns if ffn.sums is not None]  # has to be the same on all ranks
         if seen and self.step_ends(optimizer):
             for ffn in seen:
                 self.sum_over_ranks(ffn)
@@ -297,11 +298,11 @@ class NALoRA:
         self.before = None
 
     def step_ends(self, optimizer):
-        """Whether this step() was one: under GradScaler a fused optimizer skips some."""
+        """False if GradScaler made a fused optimizer skip this step."""
         found_inf = getattr(optimizer, "found_inf", None)
         return found_inf is None or found_inf.item() == 0
 
-    def sum_over_ranks(self, ffn):  # so that all decide alike
+    def sum_over_ranks(self, ffn):  # all decide alike
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             for t in ffn.sums:
                 torch.distributed.all_reduce(t)
@@ -327,7 +328,7 @@ class NALoRA:
                 "ffns": {ffn.name: ffn.state._asdict() for ffn in self.ffns}}
 
     def load_state_dict(self, saved):
-        """Goes on from a `state_dict`. ValueError if it is of another configuration or model."""
+        """Goes on from a `state_dict`. ValueError if its configuration or FFNs differ."""
         here = self.state_dict()
         if saved["config"] != here["config"] or saved["ffns"].keys() != here["ffns"].keys():
             raise ValueError("This state is of another configuration or another model.")
@@ -534,7 +535,6 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 class Llama(nn.Module):
-    """Fresh weights; Llama.from_pretrained loads trained ones."""
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -550,13 +550,13 @@ class Llama(nn.Module):
                 nn.init.normal_(p, std=config.initializer_range)
 
     def forward(self, tokens, targets=None, cache=None):
-        """tokens (B, T) -> (logits (B, T, vocab), None). With targets (B, T), -100 for none:
+        """tokens (B, T) -> (logits (B, T, vocab), None). With shifted targets (B, T), -100: none,
         (logits (N, vocab) of the targets, their mean cross-entropy in nats). cache: a list per
         layer, [] at first. ValueError beyond the context."""
         start = cache[0][0].size(2) if cache and cache[0] else 0
         length = tokens.size(1)
         if start + length > self.config.max_position_embeddings or (start and length > 1):
-            raise ValueError(f"{start + length} tokens exceed the context or a filled cache's one.")
+            raise ValueError(f"{start + length} tokens exceed the context, or 2 a filled cache.")
         x = self.model.embed_tokens(tokens)  # (B, T, hidden)
         cos, sin = rotary_tables(self.config, start, length, tokens.device)
         for i, layer in enumerate(self.model.layers):
