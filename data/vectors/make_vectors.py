@@ -104,8 +104,8 @@ def strongly_negative(step, index, z, real):
 GATES = [
     gates_case("stride", "a stride that always begins at token 0, or sums of all tokens",
                {"stride": 17, "keep": 0.5}, [[(4, 32)]] * 6, 20),
-    gates_case("microbatches", "numbering that runs on across the passes of a step, padding that has "
-               "no number, padding that is counted, the sums of the last pass alone",
+    gates_case("microbatches", "numbering that runs on across the passes of a step, padding that "
+               "has no number, padding that is counted, the sums of the last pass alone",
                {"stride": 5, "keep": 0.4}, [[(3, 13), (3, 13)]] * 5, 16, change=pad_rows),
     gates_case("few tokens", "a step that sees no token changes something",
                {"stride": 17, "keep": 0.3}, [[(2, 4)]] * 20, 12),
@@ -124,8 +124,8 @@ GATES = [
                {"stride": 1, "keep": 0.3}, [[(2, 8)]] * 2, 11),
     gates_case("slow average", "the moving average the wrong way round",
                {"stride": 1, "keep": 0.5, "ema": 0.8}, [[(2, 8)]] * 6, 14),
-    gates_case("not a number", "a step with a sum that is not finite changes something, or only its "
-               "pass or channel is left out; a NaN in padding is seen",
+    gates_case("not a number", "a step with a sum that is not finite decides, all of it or but for "
+               "a pass or a channel; a NaN in padding is seen",
                {"stride": 1, "keep": 0.5}, [[(3, 6), (3, 6)]] * 4, 12, change=poison),
     gates_case("gelu", "the derivative of SiLU where the model has GELU, the mean of kappa",
                {"stride": 3, "keep": 0.5}, [[(4, 16)]] * 4, 16, activation="gelu"),
@@ -150,8 +150,8 @@ def make_blend(name, scale, seed, tensors):
     tensors.update({f"{name}/{key}": t for key, t in values.items()})
 
 BLEND = {"correct 1": (1.0, "rows outside the mask keep their bits, the others the optimizer's"),
-           "correct 0.78": (0.78, "the scale acts on all of A and B, the mask on B_gate alone"),
-           "correct 2": (2.0, "a factor above 1 goes beyond the optimizer's step")}
+         "correct 0.78": (0.78, "the scale acts on all of A and B, the mask on B_gate alone"),
+         "correct 2": (2.0, "a factor above 1 goes beyond the optimizer's step")}
 
 # ---- traces: ten steps of training -------------------------------------------
 TRACES = {
