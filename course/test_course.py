@@ -108,16 +108,19 @@ def every_token(real, step, stride):
     return real.astype(float)
 
 def numbered_on():
-    """Tokens are numbered on across the passes of a step, as version 1 did."""
-    at = {"step": None, "first": 0}
+    """Tokens are numbered on across the passes of a step, as in version 1."""
+    at = {}
+
+    def start(width):
+        at.update(step=None)
+        return solutions.start(width)
 
     def token_weights(real, step, stride):
-        at["first"] = at["first"] if step == at["step"] else 0
-        at["step"] = step
-        number = at["first"] + np.arange(real.size).reshape(real.shape)
-        at["first"] += real.size
+        first = at["first"] if step == at["step"] else 0
+        at.update(step=step, first=first + real.size)
+        number = first + np.arange(real.size).reshape(real.shape)
         return ((number % stride == step % stride) & real).astype(float)
-    return token_weights
+    return {"start": start, "token_weights": token_weights}
 
 def numbered_in_rows(real, step, stride):
     number = np.broadcast_to(np.arange(real.shape[1]), real.shape)
@@ -271,7 +274,7 @@ GRADIENT_MASKED = (  # in the place of the step's
 MUTANTS = {
     "always from token 0": {"token_weights": always_from_token_0},
     "every token": {"token_weights": every_token},
-    "numbered on across passes": {"token_weights": numbered_on()},
+    "numbered on across passes": numbered_on(),
     "numbered anew in each row": {"token_weights": numbered_in_rows},
     "padding has no number": {"token_weights": padding_unnumbered},
     "padding counted": {"token_weights": padding_counted},
