@@ -29,7 +29,7 @@ import vectors  # noqa: E402
 def test_the_pseudo_code_of_the_vectors_is_that_of_nalora():
     text = (vectors.VECTORS / "README.md").read_text(encoding="utf-8").split("```")[1]
     assert text.strip() in nalora.__doc__ and text.startswith("\nAn FFN has F gate channels")
-    assert text.endswith("(exact at w = 0 and 1)\n")
+    assert text.endswith("(exact at f = 0 and 1)\n")
 
 def test_the_vectors_are_those_of_their_script():
     about, made = make_vectors.make_all()
