@@ -22,7 +22,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")      # idle threads sleep soon; 
 import torch
 
 from data import problems, runs
-from data.runs import best_device, draw_loss
+from data.runs import best_device, draw_loss, save_model
 from nalora import (Llama, LlamaConfig, NALoRA, NALoRAConfig, inject_lora, lora_parameters,
                     save_adapter)
 
@@ -63,7 +63,8 @@ class Config:
     stride: int = NALoRAConfig.stride       # NA-LoRA looks at every 17th token
 
     def __post_init__(self):
-        for names, low, high in (("steps batch_size eval_every train_size threads", 1, 2**31),
+        for names, low, high in (("threads", 1, 1025),
+                                 ("steps batch_size eval_every train_size", 1, 2**31),
                                  ("seed weight_decay test_size", 0, 2**62),
                                  ("grad_clip lr alpha", math.ulp(0), math.inf),     # above zero
                                  ("warmup beta1 beta2 momentum", 0, 1)):
@@ -216,7 +217,7 @@ def train(run, out, records):
         records = [{"step": 0, "val_loss": validate(run, 0)}]
         print(runs.progress(records[0], c.steps), flush=True)
     first = records[-1]["step"]
-    before = run.nalora.statistics() if run.nalora and first else None
+    before = runs.states(run) if first else None        # of NA-LoRA, at the last record
     losses = []
     times = []
     start = time.perf_counter()
@@ -228,9 +229,8 @@ def train(run, out, records):
             losses = []
             records.append({"step": step, "loss": loss, "val_loss": validate(run, step)})
             if run.nalora:
-                now = run.nalora.statistics()
-                records[-1]["layers"] = runs.layer_records(now, before)
-                before = now
+                records[-1]["layers"] = runs.layer_records(runs.states(run), before)
+                before = runs.states(run)
             runs.save_checkpoint(run, out, records)
             left = sum(times) / len(times) * (c.steps - step)
             print(f"{runs.progress(records[-1], c.steps)}  {left:4.0f} s left", flush=True)
@@ -259,7 +259,7 @@ def save_results(run, out):
     """The trained weights: model/ where all trains, else adapter/. Returns the file."""
     if run.config.method in ("pretrain", "full"):
         half = torch.float16 if run.config.method == "pretrain" else None
-        run.model.save_pretrained(out / "model", half)
+        save_model(run.model, out / "model", half)      # a Hugging Face checkpoint
         return out / "model" / "model.safetensors"
     save_adapter(run.model, out / "adapter", base_model=run.config.base or problems.BASE)
     return out / "adapter" / "adapter_model.safetensors"

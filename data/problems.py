@@ -12,7 +12,7 @@ The first 29 of the 52 ids are the prompt's. In a batch beside a problem of 53 i
 
     tokens      639   519  264  32 ...   434   46  32  50  43 ...  50  52  46  639  without the last
     targets    -100  -100 -100 -100 ... -100 -100  50  43  50 ...  52  46 639 -100  the next token
-    token_mask    1     1    1   1 ...     1    1   1   1   1 ...   1   1   1    0  0: padding
+    token_mask    1     1    1   1 ...     1    1   1   1   1 ...   1   1   1    0  padding is off
 
 A target of -100 is not learnt: the completion and the end alone are.
 """

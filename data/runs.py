@@ -13,6 +13,7 @@ from dataclasses import asdict, fields
 from itertools import pairwise
 from pathlib import Path
 
+import safetensors.torch
 import torch
 
 from data import problems
@@ -38,12 +39,15 @@ def read_json(path):
     except (OSError, ValueError, TypeError) as e:
         raise ValueError(f"{path} cannot be read: {e}") from None
 
+def to_json(value):
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
+
 def as_saved(c):
     """The settings of a Config as they come back from config.json."""
     return json.loads(json.dumps(asdict(c)))
 
 def write_json(path, value):
-    write_files(path.parent, {path.name: json.dumps(value, indent=2, allow_nan=False).encode()})
+    write_files(path.parent, {path.name: to_json(value)})
 
 def sha256(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -91,21 +95,26 @@ def read_run(out, config_class):
         raise ValueError(f"{out} holds no run: train one, or name its folder with --out.")
     saved = read_json(out / "config.json")
     names = {f.name for f in fields(config_class)}
-    if set(saved) != names and not {"method"} <= set(saved) <= names | {"method"}:
+    known = set(saved) <= names if saved.get("method") == "all" else set(saved) == names
+    if not known:
         raise ValueError(f"{out} holds a run of another version of this program.")
     return saved
 
 # ---- records and checkpoints ---------------------------------------------------------------------
 
+def states(run):
+    """{FFN: its State} of NA-LoRA."""
+    return {ffn.name: ffn.state for ffn in run.nalora.ffns} if run.nalora else {}
+
 def layer_records(now, before):
-    """What metrics.jsonl keeps of NALoRA.statistics(). density: share of B_gate's rows that move;
-    turnover: share of the mask that changed since the last record, None at the first."""
+    """What metrics.jsonl keeps of states(run). density: share of B_gate's rows that move; turnover:
+    share of the mask that changed since the last record, None at the first."""
     records = {}
-    for name, layer in now.items():
-        record = {key: layer[key] if math.isfinite(layer[key]) else None
-                  for key in ("k_hat", "occupancy", "scale")}
-        record["density"] = layer["mask"].float().mean().item()
-        changed = before and (layer["mask"] != before[name]["mask"])
+    for name, state in now.items():
+        numbers = {key: float(getattr(state, key)) for key in ("k_hat", "occupancy", "scale")}
+        record = {key: x if math.isfinite(x) else None for key, x in numbers.items()}
+        record["density"] = state.mask.float().mean().item()
+        changed = before and (state.mask != before[name].mask)
         record["turnover"] = before and changed.float().mean().item()
         records[name] = record
     return records
@@ -164,6 +173,20 @@ def load_checkpoint(run, out):
     except Exception as e:                              # torch raises many kinds
         why = (str(e) or type(e).__name__).splitlines()[0]
         raise ValueError(f"{path} is no checkpoint of this run: {why}") from None
+
+def save_model(model, directory, dtype=None):
+    """Writes a whole Llama as a Hugging Face checkpoint, in `dtype` if given."""
+    weights = {name: p.detach().to(dtype or p.dtype).contiguous()
+               for name, p in model.state_dict().items()}
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    if tied:
+        del weights["lm_head.weight"]
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama",
+              **asdict(model.config), "hidden_act": "silu", "tie_word_embeddings": tied,
+              "torch_dtype": str(weights["model.norm.weight"].dtype).removeprefix("torch.")}
+    content = safetensors.torch.save(weights, {"format": "pt"})
+    write_files(directory, {"model.safetensors": content,
+                            "config.json": to_json(config)})
 
 # ---- what is asked and shown of finished runs ----------------------------------------------------
 
