@@ -1,4 +1,4 @@
-"""The executable specification of train_tiny.py and data/runs.py (test_data_part.py: of data/)."""
+"""The executable specification of train_tiny.py and data/runs.py."""
 import functools
 import json
 import os

@@ -14,7 +14,7 @@ import train_tiny
 from data import make_data, problems, runs
 from nalora import Llama, LlamaConfig, State
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent.parent
 
 TOKENIZER = problems.load_tokenizer()
 END = TOKENIZER.eot_token
