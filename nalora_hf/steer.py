@@ -18,10 +18,10 @@ def observe(act, z, weight):
     z = widen(z)
     weight = weight.to(z.dtype)
     z = torch.where(weight[..., None] > 0, z, 0)  # adds nothing: phi(0) = 0, S is weighted
-    phi, slope = value_and_slope(act, z)  # (..., T, F) each
     positive = z.sign().relu_().sum((-2, -1))  # counts z > 0, but faster
-    z_slope_phi = (z * slope).mul_(phi).sum((-2, -1))  # in place: less memory is touched
     with torch.autocast(z.device.type, enabled=False):
+        phi, slope = value_and_slope(act, z)  # (..., T, F) each
+        z_slope_phi = (z * slope).mul_(phi).sum((-2, -1))  # in place: less memory is touched
         score = (weight[..., None, :] @ slope.abs_()).squeeze(-2)  # (..., F)
     sums = GateSums(score, weight.sum(-1), z_slope_phi, phi.square_().sum((-2, -1)), positive)
     finite = (score.sum(-1) + sum(sums[1:])).isfinite()  # (...)

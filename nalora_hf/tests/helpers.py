@@ -2,11 +2,14 @@
 
 import functools
 import io
+import json
 import os
 import pickle
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
+import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -33,6 +36,26 @@ SMALL = LlamaConfig(
 def small_llama(seed=0, **changes):
     torch.manual_seed(seed)
     return Llama(replace(SMALL, initializer_range=0.2, **changes))
+
+
+def with_activation(model, act):
+    """The model with that function in the place of each act_fn module."""
+    for layer in model.model.layers:
+        del layer.mlp.act_fn
+        layer.mlp.act_fn = act
+    return model
+
+
+def save_llama(model, directory):
+    """Writes config.json and model.safetensors, for transformers and Llama.from_pretrained."""
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+              **asdict(model.config)}
+    tensors = {name: t.contiguous() for name, t in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    (Path(directory) / "config.json").write_text(json.dumps(config))
+    safetensors.torch.save_file(tensors, Path(directory) / "model.safetensors", {"format": "pt"})
 
 
 def batch(seed, shape=(4, 15), vocab=61):

@@ -9,8 +9,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+import nalora
 from nalora import NALoRAConfig
-from nalora_hf import adapters, inject_lora, load_adapter, lora_layers, merge_lora, save_adapter
+from nalora_hf import NALoRA, adapters, inject_lora, load_adapter, lora_layers, merge_lora, save_adapter
 from nalora_hf.tests.helpers import (
     FFN,
     batch,
@@ -198,3 +199,24 @@ def test_an_adapter_unlike_the_lora_in_the_model_is_refused(tmp_path):
         with pytest.raises(ValueError, match="differs from the LoRA already in the model"):
             load_adapter(model, tmp_path)
         assert equal(before, snapshot(model))
+
+
+def test_lora_that_nalora_injected_is_ours_too(tmp_path):
+    models = [small_llama(), small_llama()]
+    assert nalora.inject_lora(models[0], FFN, 4, 8) == inject_lora(models[1], FFN, 4, 8)
+    assert lora_layers(models[0]).keys() == lora_layers(models[1]).keys()
+    models[0].load_state_dict(models[1].state_dict())
+    for model in models:
+        opt = start(None, model)[1]
+        NALoRA(model, opt, NALoRAConfig(stride=1))
+        take_step(model, opt, 0)
+    assert equal(snapshot(models[0]), snapshot(models[1]))
+    again = small_llama()
+    nalora.inject_lora(again, FFN, 4, 8)
+    save_adapter(models[0], tmp_path)
+    for model in (again, small_llama()):
+        load_adapter(model, tmp_path)
+        assert equal(snapshot(model), snapshot(models[0]))
+    nalora.load_adapter(small_llama(), tmp_path)  # and the other way round
+    merged = [merge_lora(model) and model.state_dict() for model in models]
+    assert equal(*merged) and len(merged[0]) == len(small_llama().state_dict())

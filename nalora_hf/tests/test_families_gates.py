@@ -130,6 +130,7 @@ SHARED = nn.SiLU()
 
 def test_the_activation_may_be_told_or_stand_in_the_config():
     model = lora_llama()
+    model.config.hidden_act = "silu"
     for layer in model.model.layers:
         del layer.mlp.act_fn
         layer.mlp.forward = lambda x, self=layer.mlp: self.down_proj(
@@ -332,7 +333,7 @@ def test_code_that_asks_for_weight_and_bias_finds_lora_in_them():
 
 def test_a_merged_weight_is_rounded_once():
     torch.manual_seed(0)
-    layer = LoRALinear(nn.Linear(32, 48).bfloat16(), 4, 8)
+    layer = adapters.LoRALinear(nn.Linear(32, 48).bfloat16(), 4, 8)
     nn.init.normal_(layer.lora_B, std=0.2)
     whole = layer.base_layer.weight.float() + 2 * (layer.lora_B @ layer.lora_A)
     assert torch.equal(layer.weight, whole.bfloat16())

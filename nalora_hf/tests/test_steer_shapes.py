@@ -6,8 +6,9 @@ import random
 import pytest
 import torch
 
-from nalora import ACTIVATIONS, NALoRAConfig
+from nalora import NALoRAConfig
 from nalora_hf import NALoRA, adapters, inject_lora, lora_parameters, merge_lora
+from nalora_hf.families import ACTIVATIONS
 from nalora_hf.tests.helpers import (
     FFN,
     batch,
@@ -17,6 +18,7 @@ from nalora_hf.tests.helpers import (
     snapshot,
     start,
     take_step,
+    with_activation,
 )
 
 
@@ -27,7 +29,7 @@ def first(tool):
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_every_activation_trains(act):
-    model, opt, tool = start(NALoRAConfig(stride=1), lora_llama(hidden_act=act))
+    model, opt, tool = start(NALoRAConfig(stride=1), with_activation(lora_llama(), ACTIVATIONS[act]))
     losses = [take_step(model, opt, 0) for _ in range(5)]
     assert losses[-1] < losses[0]
     for s in tool.statistics().values():
@@ -122,10 +124,11 @@ def test_random_shapes(seed):
         num_attention_heads=heads,
         num_key_value_heads=1,
         head_dim=rng.choice([2, 6]),
-        hidden_act=rng.choice(list(ACTIVATIONS)),
         vocab_size=rng.randrange(2, 30),
         tie_word_embeddings=rng.random() < 0.5,
     )
+    if rng.random() < 0.8:  # else a module, nn.SiLU
+        with_activation(model, rng.choice(list(ACTIVATIONS.values())))
     others = rng.sample(["q_proj", "v_proj", "o_proj"], rng.randrange(3))
     targets = [*FFN[: rng.randrange(1, 4)], *others]
     smallest = min(

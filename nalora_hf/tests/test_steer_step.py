@@ -261,7 +261,7 @@ def test_evaluation_leaves_no_trace():
             model_e(*batch(100 + i))  # no gradient
         model_e.eval()
         model_e(*batch(200 + i))  # evaluation mode
-        model_e.generate(batch(0)[0], 3)
+        model_e.generate(batch(0)[0], 3, stop=-1)
         model_e.train()
         assert take_step(model, opt, i) == take_step(model_e, opt_e, i)
     assert equal(snapshot(model), snapshot(model_e))

@@ -18,6 +18,7 @@ from nalora_hf.tests.helpers import (
     pairs_of,
     peft_llama,
     random_model,
+    save_llama,
     small_llama,
     wake,
 )
@@ -151,7 +152,7 @@ def test_interop_quantized_bases(tmp_path, kind):
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
     else:
         config = QuantoConfig(weights="int8")
-    small_llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    save_llama(small_llama(hidden_size=64, intermediate_size=128), tmp_path)
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path, quantization_config=config, device_map="cpu"
     )
