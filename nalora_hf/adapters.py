@@ -14,12 +14,10 @@ import nalora
 from nalora_hf.families import named, own_modules, refuse, shapes
 
 # -- LoRA in a model, under the model's own names --------------------------------------------------
-
 class LoRALinear(nalora.LoRALinear):
     """One that stands in for its nn.Linear in every way: it is in its mode, and has a weight, bias
     and sizes for code that asks for them, as torch's own encoder does. ValueError on a rank or
     alpha that does not fit."""
-
     def __init__(self, base, rank, alpha):
         most = min(base.in_features, base.out_features)
         refuse(type(rank) is not int or not 1 <= rank <= most,
@@ -110,7 +108,6 @@ def put(model, new):
         setattr(parent, part, new[m])
 
 # -- files -----------------------------------------------------------------------------------------
-
 def save_adapter(model, directory, base_model=None, settings=None):
     """Writes adapter_model.safetensors and adapter_config.json as PEFT does, and nalora.json.
     base_model: name or path of the base, for PEFT; settings: any JSON value, for the record.

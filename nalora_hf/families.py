@@ -29,7 +29,6 @@ def shapes(tensors):
 
 class Stack:
     """FFNs of one width, device and activation; their states stand stacked."""
-
     def __init__(self, ffns, height, width, dtype, device):  # [(name, FFN, gate, activation)]
         self.names, self.ffns, self.gates, acts = zip(*ffns)
         self.act = acts[0]
