@@ -420,8 +420,8 @@ def read_folder(directory, prefix=""):
     try:
         config = json.loads((Path(directory) / f"{prefix}config.json").read_text(encoding="utf-8"))
         tensors = safetensors.torch.load_file(Path(directory) / f"{prefix}model.safetensors")
-        return dict(config), tensors
-    except (OSError, ValueError, TypeError, safetensors.SafetensorError) as e:
+        return dict(config), {k: t for k, t in tensors.items() if t.isfinite().all()}  # or missing
+    except (OSError, ValueError, TypeError, RuntimeError, safetensors.SafetensorError) as e:
         raise ValueError(f"{directory} cannot be read: {e}") from None
 
 def adapter_tensors(model):

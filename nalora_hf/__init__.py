@@ -8,5 +8,5 @@ from nalora_hf.steer import NALoRA
 from nalora_hf.trainer import NALoRACallback
 
 __all__ = ["Llama", "LlamaConfig", "NALoRA", "NALoRACallback", "NALoRAConfig", "inject_lora",
-           "load_adapter", "lora_layers", "lora_parameters", "merge_lora", "read_json", "read_tensors", "save_adapter",
-           "write_files"]
+           "load_adapter", "lora_layers", "lora_parameters", "merge_lora", "read_json",
+           "read_tensors", "save_adapter", "write_files"]
