@@ -312,7 +312,10 @@ def test_the_pure_core_takes_any_leading_dimensions_and_sums_add_up():
         spoilt = a._replace(**{field: getattr(a, field) * bad})  # one is enough to keep the state
         assert all(map(torch.equal, decide(state, spoilt, config), state))
 
-def test_config_refuses():
+def test_config_has_the_defaults_of_the_docstring_and_refuses():
+    c = NALoRAConfig()
+    assert f"Defaults: keep {c.keep}, ema {c.ema}, stride {c.stride}.\n" in nalora.__doc__
+    assert (c.mask, c.scale) == ("derivative", "homogeneity")
     for key, value in (("keep", 0), ("keep", 1.5), ("keep", math.nan), ("ema", 1.0), ("ema", -0.1),
                        ("stride", 0), ("mask", "top"), ("scale", None)):
         refuses("keep is in", lambda: NALoRAConfig(**{key: value}))
@@ -364,14 +367,15 @@ def test_rows_are_put_back_bit_for_bit_and_what_is_off_is_lora(changes):
             right[B][~rows] = before[B][~rows]
         assert equal(snapshot(run[0]), right)
 
-def test_token_mask_leaves_out_padding_whatever_it_holds():
+def test_microbatches_are_one_padded_batch_whatever_the_padding_holds():
     model, opt, tool = start(NALoRAConfig(stride=1))
     a, b = tool.ffns
     z = torch.randn(2, 5, 48, requires_grad=True)
     tool.token_mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 0, 0, 0]])
     a.act(z.masked_fill(tool.token_mask[..., None] == 0, math.nan))
     tool.token_mask = None
-    b.act(z.flatten(0, 1)[[0, 1, 2, 5, 6]][None])
+    for tokens in z.flatten(0, 1)[[0, 1, 2, 5, 6]].split(2):  # microbatches
+        b.act(tokens[None])
     close(a.sums, b.sums)
     tool.token_mask = torch.ones(4, 21)
     refuses(r"token_mask is \(4, 21\), but the gates see.*\(4, 15\)", model, *batch(0))
