@@ -180,6 +180,8 @@ def test_nalora_agrees_with_the_oracle(changes, bias, scales):
     tool = NALoRA(model, opt, config)
     states, moments = {i: o_start(7) for i in "01"}, {name: [0, 0, 0] for name in w}
     sums, n, seen = {"0": [], "1": []}, 0, set()
+    for ffn in tool.ffns:
+        agree(ffn.state, states[ffn.name])
     for kind, masked, *passes in STEPS:
         if kind != "dry":  # a dry step is one more with the same gradients
             opt.zero_grad()
@@ -581,7 +583,7 @@ def test_inject_refuses(targets, rank, alpha, message):
     model = small_llama()
     refuses(message, inject_lora, model, targets, rank, alpha)
     assert all(p.requires_grad for p in model.parameters()) and not lora_layers(model)
-    inject_lora(model, FFN)
+    inject_lora(model, FFN, rank=32)
     refuses("carries LoRA already", inject_lora, model, ["q_proj"])
 
 def change_json(path, **changes):
@@ -606,7 +608,8 @@ def test_adapter_round_trip_in_pefts_words(tmp_path):
         assert load_adapter(fresh, tmp_path) == names and equal(snapshot(fresh), snapshot(model))
         assert torch.equal(fresh(batch(1)[0])[0], model(batch(1)[0])[0])
     model.lm_head.weight.requires_grad_(True)
-    for wrong in (model, small_llama()):
+    fresh.model.layers[1].mlp.gate_proj.alpha = 7
+    for wrong in (model, fresh, small_llama().requires_grad_(False)):
         refuses("one rank and alpha alone", save_adapter, wrong, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
@@ -616,6 +619,7 @@ B0 = "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"
     ({"use_rslora": True}, {}), ({"alpha_pattern": {"up_proj": 3}}, {}), ({"r": 3}, {}),
     ({"init_lora_weights": "pissa"}, {}), ({"peft_type": "IA3"}, {}), ({"r": None}, {}),
     ({"target_modules": "all-linear"}, {}), ({"target_modules": ["no"]}, {}), ("{", {}),
+    ({"target_modules": None}, {}),
     ({"lora_alpha": -1}, {}), ({}, {B0: None}), ({}, {B0: torch.zeros(48, 3)}), ("[1]", {}),
     ({}, {B0.replace("lora_B", "lora_magnitude_vector"): torch.zeros(48)}), ({}, b"no tensors")])
 def test_other_adapters_are_refused(tmp_path, change, tensors):
@@ -654,10 +658,11 @@ def test_rotation_is_a_complex_phase():
     close(nalora.rotate(x, cos, sin), torch.cat([turned.real, turned.imag], -1))
 
 @pytest.mark.parametrize("changes", [
-    {}, {"num_key_value_heads": None},
+    {}, {"num_key_value_heads": None, "vocab_size": 5},  # 5: each row comes to its stop
     {"num_key_value_heads": 1, "tie_word_embeddings": True, "head_dim": 6}])
 def test_generation_equals_uncached_and_ends_at_stop_or_context(changes):
-    model, (tokens, _), cache = small_llama(**changes), batch(0, (3, 7)), [[], []]
+    model, cache = small_llama(**changes), [[], []]
+    tokens, _ = batch(0, (3, 7), changes.get("vocab_size", 61))
     plain = tokens
     for _ in range(9):
         plain = torch.cat([plain, model(plain)[0][:, -1:].argmax(-1)], 1)
