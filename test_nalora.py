@@ -658,7 +658,7 @@ def test_rotation_is_a_complex_phase():
     close(nalora.rotate(x, cos, sin), torch.cat([turned.real, turned.imag], -1))
 
 @pytest.mark.parametrize("changes", [
-    {}, {"num_key_value_heads": None, "vocab_size": 5},  # 5: each row comes to its stop
+    {"vocab_size": 5}, {"num_key_value_heads": None},  # of 5 tokens, each row comes to its stop
     {"num_key_value_heads": 1, "tie_word_embeddings": True, "head_dim": 6}])
 def test_generation_equals_uncached_and_ends_at_stop_or_context(changes):
     model, cache = small_llama(**changes), [[], []]
@@ -695,13 +695,15 @@ def write_llama(folder, model, drop=(), **changes):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("rope", [
-    {"rope_theta": 5e5, "rope_scaling": None, "torch_dtype": "float32"},
+    {"rope_theta": 5e5, "rope_scaling": None, "hidden_act": None},
     {"rope_theta": None, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}])
 def test_a_llama_is_read_in_both_rope_spellings(tmp_path, tied, rope):
-    model = small_llama(tie_word_embeddings=tied, rope_theta=5e5)
+    model = small_llama(tie_word_embeddings=tied, rope_theta=5e5, rms_norm_eps=1e-4, head_dim=6)
     write_llama(tmp_path, model, ["lm_head.weight"] * tied, **rope)
     again = Llama.from_pretrained(tmp_path)
     assert again.config == model.config and equal(model.state_dict(), again.state_dict())
+    assert {m.eps for m in again.modules() if isinstance(m, nn.RMSNorm)} == {1e-4}
+    assert again.model.layers[1].self_attn.k_proj.weight.shape == (2 * 6, 32)
     assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied
 
 @pytest.mark.parametrize("drop, changes, message", [
