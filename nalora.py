@@ -270,7 +270,7 @@ class NALoRA:
         if not (ffn.act.training and z.requires_grad):
             return  # evaluation, or nothing learns
         real = z.new_ones(z.shape[:-1]) if self.token_mask is None else self.token_mask
-        if real.numel() != z.shape[:-1].numel():
+        if real.shape != z.shape[:-1] and real.numel() != len(z):  # z is flat
             raise ValueError(f"token_mask is {tuple(real.shape)}, but the gates see tokens "
                              f"{tuple(z.shape[:-1])}: set it before each pass, or to None.")
         every = slice(self.steps % self.config.stride, None, self.config.stride)
@@ -352,7 +352,7 @@ class LoRALinear(nn.Module):
     def __init__(self, base, rank, alpha):
         super().__init__()
         most = min(base.in_features, base.out_features)
-        if rank not in range(1, most + 1) or not 0 < alpha < math.inf:
+        if type(rank) is not int or not 1 <= rank <= most or not 0 < alpha < math.inf:
             raise ValueError(f"rank {rank!r} or alpha {alpha!r} does not fit {base}.")
         A = base.weight.new_empty(rank, base.in_features, dtype=torch.float32)
         self.base_layer = base
@@ -401,7 +401,7 @@ def merge_lora(model):
         raise ValueError("This model carries no LoRA, or it is merged already.")
     for name, layer in layers.items():
         W = layer.base_layer.weight  # (out, in)
-        merged = widen(W) + layer.scaling * (layer.lora_B @ layer.lora_A)
+        merged = widen(W) + layer.scaling * (widen(layer.lora_B) @ widen(layer.lora_A))
         layer.base_layer.weight = nn.Parameter(merged.to(W.dtype), False)  # W may be tied
         model.set_submodule(name, layer.base_layer)
     return list(layers)
@@ -446,8 +446,8 @@ def save_adapter(model, directory, base_model=None):
                             "adapter_model.safetensors": tensors})
 
 def load_adapter(model, directory):
-    """Injects the LoRA that save_adapter or PEFT wrote. Returns the module names. ValueError, with
-    no LoRA injected, if it is broken, incomplete, more than plain LoRA or another model's."""
+    """Injects the LoRA that save_adapter or PEFT wrote. Returns the module names. ValueError, and
+    no LoRA, if it is broken, incomplete, more than plain LoRA or another model's."""
     config, tensors = read_folder(directory, "adapter_")
     odd = [key for key in ("use_rslora", "alpha_pattern") if config.get(key)]
     if config.get("init_lora_weights", True) not in (True, False, "gaussian", "eva", "orthogonal"):
@@ -455,7 +455,7 @@ def load_adapter(model, directory):
     targets = config.get("target_modules")
     if odd or config.get("peft_type") != "LORA" or not isinstance(targets, list):
         raise ValueError(f"{directory} holds no plain LoRA: see {odd or 'adapter_config.json'}.")
-    names = inject_lora(model, targets, config.get("r"), config.get("lora_alpha", 8))
+    names = inject_lora(model, targets, config.get("r"), config.get("lora_alpha") or 8)
     parts = adapter_tensors(model)
     wrong = {(k, t.shape) for k, t in parts.items()} ^ {(k, t.shape) for k, t in tensors.items()}
     if wrong:

@@ -4,10 +4,12 @@ Run: pytest test_nalora.py. Offline, on the CPU."""
 import ast
 import builtins
 import copy
+import functools
 import itertools
 import json
 import math
 import re
+import signal
 import symtable
 import sys
 from dataclasses import asdict, replace
@@ -19,9 +21,12 @@ import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 
 import nalora
+import train_tiny
+from data import problems, runs
 from nalora import (GateSums, Llama, LlamaConfig, NALoRA, NALoRAConfig, State, blend, decide,
                     effective_homogeneity, homogeneity, importance_mask, inject_lora, load_adapter,
                     lora_layers, lora_parameters, merge_lora, observe, save_adapter,
@@ -408,7 +413,10 @@ class PeftLinear(nn.Module):
     """LoRA as PEFT has it, in {adapter: nn.Linear}, or with an nn.Linear each."""
     def __init__(self, layer, many):
         super().__init__()
-        self.base_layer, self.active_adapters, self.many = layer.base_layer, ["new"], many
+        self.base_layer = layer.base_layer
+        self.many = many
+        if many:
+            self.active_adapters = ["new"]
         for part, weight in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
             old, new = (nn.Linear(*weight.shape[::-1], bias=False) for _ in "12")
             new.weight = weight
@@ -454,7 +462,7 @@ def set_acts(model, make):
     (lambda m: set_acts(m, lambda: lambda z: F.silu(z)), FFN, 12, "a module act_fn each"),
     (lambda m: set_acts(m, lambda one=nn.SiLU(): one), FFN, 12, "a module act_fn each"),
     (id, FFN, 1, "LoRA of model.layers.0.mlp"), (id, FFN, 11, "LoRA of model.layers.1.mlp"),
-    (lambda m: m.requires_grad_(False), FFN, 7, "does not hold the LoRA of model.layers.1.mlp")])
+    (lambda m: m.requires_grad_(False), FFN, 7, "lacks the LoRA of model.layers.1.mlp")])
 def test_a_refusal_leaves_no_hook(spoil, targets, held, message):
     model = lora_llama(targets)
     spoil(model)
@@ -473,7 +481,7 @@ def test_a_copy_does_not_feed_the_original_and_a_second_nalora_takes_the_first_o
         own = NALoRA(other, own_opt)
         take_step(other, own_opt, 0)
         assert own.steps == 1 and tool.steps == 0 and all(f.sums is None for f in tool.ffns)
-    refuses("does not hold", NALoRA, model, torch.optim.AdamW(lora_parameters(model)[:3]))
+    refuses("lacks the LoRA", NALoRA, model, torch.optim.AdamW(lora_parameters(model)[:3]))
     take_step(model, opt, 0)
     assert tool.steps == 1  # a refusal leaves the first alone
     second = NALoRA(model, opt)
@@ -651,7 +659,7 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 # ---- 4 the Llama ---------------------------------------------------------------------------------
 def test_rotation_is_a_complex_phase():
-    cos, sin = nalora.rotary_tables(replace(SMALL, head_dim=8, rope_theta=500), 3, 10, "cpu")
+    cos, sin = nalora.rotary_tables(replace(SMALL, head_dim=8, rope_theta=500), 3, 13, "cpu")
     angle = torch.outer(torch.arange(3.0, 13), 500.0 ** -(torch.arange(4) / 4))
     x = torch.randn(2, 4, 10, 8)
     turned = torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones(10, 4), angle)
@@ -673,7 +681,7 @@ def test_generation_equals_uncached_and_ends_at_stop_or_context(changes):
     refuses("65 tokens exceed the context", model.generate, tokens, 59, -1)
     refuses("65 tokens exceed the context", model, torch.zeros(1, 65, dtype=torch.long))
     model(tokens, cache=cache)
-    refuses("a filled cache's one", model, tokens, None, cache)
+    refuses("or 2 a filled cache", model, tokens, None, cache)
 
 def test_attention_is_causal_and_loss_is_the_mean_over_targets():
     model, (tokens, targets) = small_llama(), batch(0)
@@ -738,3 +746,143 @@ def test_nalora_is_short_and_defines_each_name_before_its_use():
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             for name in [getattr(node, "module", None) or alias.name for alias in node.names]:
                 assert name.split(".")[0] in {"torch", "safetensors", *sys.stdlib_module_names}
+
+# ---- train_tiny.py (its command line, files and interruptions: data/test_runs.py) ----------------
+@pytest.fixture(scope="session")
+def random_base(tmp_path_factory):
+    """A random base model that trains in no time."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("base")
+    config = LlamaConfig(640, 32, 48, 2, 2, 1, max_position_embeddings=256, initializer_range=0.1,
+                         tie_word_embeddings=True)
+    train_tiny.save_model(Llama(config), path)
+    return path
+
+@pytest.fixture
+def base(random_base, monkeypatch):
+    """The same, with a smaller pre-training, fewer problems, a shorter text and no figures."""
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    read, batches, windows = problems.read_problems, problems.text_batches, problems.text_windows
+    monkeypatch.setattr(train_tiny, "TINY", {**train_tiny.TINY, **small})
+    monkeypatch.setattr(problems, "MAX_NEW", 8)
+    monkeypatch.setattr(problems, "read_problems", lambda path: read(path)[:40])
+    monkeypatch.setattr(problems, "text_batches", lambda tokenizer, path, *more: batches(
+        tokenizer, path.with_name("pretrain_val.txt"), *more))
+    monkeypatch.setattr(problems, "text_windows", lambda *of: windows(*of)[:8])
+    for draw in ("draw_loss", "draw_layers"):
+        monkeypatch.setattr(runs, draw, lambda _, p: runs.write_files(p.parent, {p.name: b"drawn"}))
+    return random_base
+
+def arguments(base, out, method="nalora", *more):
+    fine = [] if method == "pretrain" else ["--base", str(base)]
+    return ["--method", method, "--out", str(out), "--threads", "1", "--test-size", "4", "--steps",
+            "6", "--eval-every", "2", "--batch-size", "4", *fine, *map(str, more)]
+
+def succeeds(argv):
+    assert train_tiny.main(list(map(str, argv))) == 0
+
+def result(out):
+    """What must not depend on interruptions: file name -> bytes."""
+    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*"))
+            if p.is_file() and p.name not in ("summary.json", "checkpoint.pt")}
+
+@pytest.fixture(scope="session")
+def uninterrupted(random_base, tmp_path_factory):
+    """uninterrupted(method): what a run without interruptions leaves behind."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+
+    @functools.cache
+    def of(method):
+        succeeds(arguments(random_base, folder / method, method))
+        return result(folder / method)
+
+    return of
+
+@pytest.mark.parametrize("method", train_tiny.METHODS)
+def test_every_method_runs_and_reports(base, tmp_path, capsys, method):
+    run = tmp_path / "run"
+    succeeds(arguments(base, run, method))
+    out = capsys.readouterr().out
+    summary = runs.read_json(run / "summary.json")
+    records = runs.read_records(run)
+    assert summary["method"] == method and summary["val_loss"] == records[-1]["val_loss"]
+    assert [r["step"] for r in records] == [0, 2, 4, 6]
+    assert f"step    0/6  val_loss {records[0]['val_loss']:.4f}\n" in out  # the base's own
+    assert f"step    6/6  loss {records[3]['loss']:.4f}  val_loss" in out and "0 s left" in out
+    assert f"{method}: exact match {summary['test_exact_match']:.3f} on 4 test problems" in out
+    assert len(re.findall(r"\[(?:right|wrong)", out)) == 3
+    steered = method.startswith("nalora")
+    line = f"k_hat 1... to 1...  scale [01]... to [01]...  rows {100 if 'scale' in method else 50}%"
+    assert bool(re.search(line, out)) == steered == ("2 FFNs are steered" in out)
+    assert ("layers" in records[1]) == (run / "nalora.png").exists() == steered
+    file = "model/model" if method in ("full", "pretrain") else "adapter/adapter_model"
+    tensors = load_file(run / f"{file}.safetensors").values()
+    assert {t.dtype for t in tensors} == {torch.half if method == "pretrain" else torch.float}
+    succeeds(["--sample", "Ann has 3 apples.", "--out", run])
+    assert capsys.readouterr().out.startswith("Ann has 3 apples.\n")
+
+def test_methods_and_optimizers_are_what_the_settings_say(base):
+    c = train_tiny.Config(keep=0.25, ema=0.5, stride=3, lr=0.5, weight_decay=0.25, beta2=0.75)
+    for method, parts in {"nalora": {}, "nalora-mask": {"scale": "none"}, "lora": None,
+                          "nalora-scale": {"mask": "none"}, "full": None, "pretrain": None}.items():
+        optimizer, steering = train_tiny.METHODS[method](Llama.from_pretrained(base), c)
+        groups = optimizer.param_groups
+        whole = method in ("full", "pretrain")
+        assert [g["weight_decay"] for g in groups] == ([0.25, 0.0] if whole else [0.25])
+        assert sum(len(g["params"]) for g in groups) == (20 if whole else 28)
+        assert [groups[0][k] for k in ("lr", "betas")] == [0.5, (0.9, 0.75)]
+        assert steering is None if parts is None else steering.config == NALoRAConfig(
+            keep=0.25, ema=0.5, stride=3, **parts)
+    sgd = train_tiny.make_optimizer([{"params": [nn.Parameter(torch.ones(2, 2))], "lr": 2.0}],
+                                    train_tiny.Config(optimizer="sgd", momentum=0.125))
+    assert [sgd.param_groups[0][k] for k in ("lr", "momentum")] == [2.0, 0.125]
+
+def test_the_training_loop_is_a_plain_one(base):
+    c = train_tiny.Config(method="full", base=str(base), steps=6, batch_size=4, lr=2e-2, warmup=0.5)
+    run = train_tiny.set_up(c)
+    losses = list(train_tiny.training_loop(run))
+    model = Llama.from_pretrained(base)  # the same, written once more
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0)
+    for step, share in enumerate((1 / 3, 2 / 3, 1, 1, 0.75, 0.25)):  # three up, a cosine down
+        tokens, targets, _ = run.batches(step)
+        optimizer.param_groups[0]["lr"] = 2e-2 * share
+        loss = nn.functional.cross_entropy(model(tokens)[0].transpose(1, 2), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        assert losses[step] == pytest.approx(loss.item(), rel=1e-4)
+    for ours, theirs in zip(run.model.parameters(), model.parameters()):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
+    assert train_tiny.schedule(train_tiny.Config(steps=1), 0) == 1
+
+def test_padding_is_shown_and_each_phase_has_its_mode(base, monkeypatch):
+    c = train_tiny.Config(base=str(base), steps=3, batch_size=4, test_size=1, dtype="bfloat16")
+    run = train_tiny.set_up(c)
+    run.model.eval()
+    for step, _ in enumerate(train_tiny.training_loop(run)):
+        assert torch.equal(run.nalora.token_mask, run.batches(step)[2]) and run.model.training
+    assert not run.nalora.token_mask.all() and run.nalora.steps == 3
+    monkeypatch.setattr(problems, "mean_loss", lambda model, batches: batches is run.validation
+                        and torch.is_autocast_enabled("cpu") and not model.training)
+    assert train_tiny.validate(run, 1) is True
+    run.model.train()
+    assert len(train_tiny.test(run)) == 2 and not run.model.training
+
+def at_step(monkeypatch, at, act):
+    """Lets the training loop do something at a step."""
+    rate = train_tiny.schedule
+    monkeypatch.setattr(train_tiny, "schedule",
+                        lambda c, step: act() if step == at else rate(c, step))
+
+@pytest.mark.parametrize("at, method", [(0, "nalora"), *((3, m) for m in train_tiny.METHODS)])
+def test_ctrl_c_and_resume_are_bit_identical(base, uninterrupted, tmp_path, monkeypatch, capsys,
+                                             method, at):
+    wanted = uninterrupted(method)
+    with monkeypatch.context() as patch:
+        at_step(patch, at, lambda: signal.raise_signal(signal.SIGINT))
+        assert train_tiny.main(arguments(base, tmp_path, method)) == 130
+    assert f"python train_tiny.py --resume --out {tmp_path} goes on" in capsys.readouterr().err
+    torch.set_num_threads(2)  # config.json has the threads, and all else
+    succeeds(["--resume", "--out", tmp_path])
+    assert result(tmp_path) == wanted and torch.get_num_threads() == 1
