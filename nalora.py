@@ -43,7 +43,7 @@ In numbers: first step, SiLU, one token, two channels, z = (1, -2):
     P = (1)(0.928)(0.731) + (-2)(-0.091)(-0.238) = 0.635   Q = 0.731^2 + 0.238^2 = 0.591
     k_hat = 1.07  scale = 0.931  I = 0.1 S = (0.093, 0.009)  mask = (1, 0). So row 0 of B_gate and
     every other A and B take 0.931 of the optimizer's step; row 1 stays bit for bit.
-On the toy of train_tiny.py k_hat runs from 0.98 to 1.07; 1.5 % of the mask changes at each step.
+On the toy of train_tiny.py k_hat runs from 0.98 to 1.07; 1.5 % of the mask changes each step.
 
 WHY the responsive channels? The gradient of row c of B_gate carries phi'(z_c), so plain SGD hardly
 moves a channel that does not respond. Adam normalises that away; the mask brings it back. All
@@ -98,7 +98,7 @@ def value_and_slope(act, z):
     with torch.enable_grad(), own:  # a checkpoint around this shall not see what it saves
         z = z.detach().requires_grad_()
         phi = act(z.clone())  # act may be in place
-        slope, = torch.autograd.grad(phi.sum(), z)
+        slope, = torch.autograd.grad(phi, z, torch.ones_like(z))
     return phi.detach(), slope
 
 def selection_weight(act, z):
@@ -134,7 +134,7 @@ def observe(act, z, weight):
                     tokens=weight.sum(-1),
                     z_slope_phi=(z * slope * phi).sum((-2, -1)),
                     phi_phi=phi.square().sum((-2, -1)),
-                    positive=(z > 0).to(z.dtype).sum((-2, -1)))
+                    positive=z.sign().relu().sum((-2, -1)))
 
 def effective_homogeneity(act, z):
     """k_hat of gates z (..., F) over all tokens and channels, 0-dim."""
@@ -270,7 +270,7 @@ class NALoRA:
         if not (ffn.act.training and z.requires_grad):
             return  # evaluation, or nothing learns
         real = z.new_ones(z.shape[:-1]) if self.token_mask is None else self.token_mask
-        if real.shape != z.shape[:-1] and real.numel() != len(z):  # z is flat
+        if real.shape != z.shape[:-1] and real.numel() != len(z):  # flat z
             raise ValueError(f"token_mask is {tuple(real.shape)}, but the gates see tokens "
                              f"{tuple(z.shape[:-1])}: set it before each pass, or to None.")
         every = slice(self.steps % self.config.stride, None, self.config.stride)

@@ -435,6 +435,13 @@ def test_the_lora_of_others_is_steered(many):
     train((other, opt))
     same(run[2], found)
 
+def test_statistics_are_the_states():
+    run = start(NALoRAConfig())
+    train(run)
+    for ffn, seen in zip(run[2].ffns, run[2].statistics().values(), strict=True):
+        assert seen["k_hat"] == ffn.state.k_hat.item() and seen["mask"] is ffn.state.mask
+        assert list(seen) == list(State._fields) and type(seen["scale"]) is float
+
 def test_state_dict_goes_on_to_the_same_bits(tmp_path):
     config = NALoRAConfig(stride=3)
     parts, others = start(config), start(config)
@@ -629,6 +636,7 @@ B0 = "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"
     ({"target_modules": "all-linear"}, {}), ({"target_modules": ["no"]}, {}), ("{", {}),
     ({"target_modules": None}, {}),
     ({"lora_alpha": -1}, {}), ({}, {B0: None}), ({}, {B0: torch.zeros(48, 3)}), ("[1]", {}),
+    ({}, {B0: torch.full((48, 4), math.nan)}), ({}, {B0: torch.zeros(48, 4).to(torch.float8_e4m3fn)}),
     ({}, {B0.replace("lora_B", "lora_magnitude_vector"): torch.zeros(48)}), ({}, b"no tensors")])
 def test_other_adapters_are_refused(tmp_path, change, tensors):
     save_adapter(start()[0], tmp_path)
