@@ -43,7 +43,7 @@ In numbers: first step, SiLU, one token, two channels, z = (1, -2):
     P = (1)(0.928)(0.731) + (-2)(-0.091)(-0.238) = 0.635   Q = 0.731^2 + 0.238^2 = 0.591
     k_hat = 1.07  scale = 0.931  I = 0.1 S = (0.093, 0.009)  mask = (1, 0). So row 0 of B_gate and
     every other A and B take 0.931 of the optimizer's step; row 1 stays bit for bit.
-On the toy of train_tiny.py k_hat runs from 0.98 to 1.07; 1.5 % of the mask changes each step.
+A run of train_tiny.py: k_hat 1.01 to 1.08, and 3 to 13 % of the mask changes in 50 steps.
 
 WHY the responsive channels? The gradient of row c of B_gate carries phi'(z_c), so plain SGD hardly
 moves a channel that does not respond. Adam normalises that away; the mask brings it back. All

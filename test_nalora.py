@@ -636,7 +636,8 @@ B0 = "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"
     ({"target_modules": "all-linear"}, {}), ({"target_modules": ["no"]}, {}), ("{", {}),
     ({"target_modules": None}, {}),
     ({"lora_alpha": -1}, {}), ({}, {B0: None}), ({}, {B0: torch.zeros(48, 3)}), ("[1]", {}),
-    ({}, {B0: torch.full((48, 4), math.nan)}), ({}, {B0: torch.zeros(48, 4).to(torch.float8_e4m3fn)}),
+    ({}, {B0: torch.full((48, 4), math.nan)}),
+    ({}, {B0: torch.zeros(48, 4).to(torch.float8_e4m3fn)}),
     ({}, {B0.replace("lora_B", "lora_magnitude_vector"): torch.zeros(48)}), ({}, b"no tensors")])
 def test_other_adapters_are_refused(tmp_path, change, tensors):
     save_adapter(start()[0], tmp_path)
