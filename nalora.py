@@ -11,9 +11,8 @@ LoRA treats its update as a change of features, yet it also changes which channe
 the paper's selection misalignment, which evidence/ measures. The second move over the first is
 kappa(z) - 1, where kappa = z phi' / phi is the local degree of homogeneity (Euler: z phi' = k phi
 exactly where phi(t z) = t^k phi(z), t > 0). Where kappa > 1 selection amplifies the move, where
-kappa < 1 it opposes it. NA-LoRA does not undo that. It lets those gate channels move that respond
-(phi'), and an FFN take smaller steps the more its gates amplify them (kappa). It acts on training
-alone: it adds no loss, parameter or cost of inference.
+kappa < 1 it opposes it. NA-LoRA does not undo that: it lets gate channels move that respond (phi'),
+and takes smaller steps where gates amplify (kappa). It adds no loss, parameter or inference cost.
 
 USE IT. One line turns a LoRA loop into an NA-LoRA loop:
     inject_lora(model, ["gate_proj", "up_proj", "down_proj"], rank=8, alpha=16)  # or PEFT's LoRA
@@ -31,7 +30,7 @@ activation receives, LoRA's update included. Defaults: keep 0.5, ema 0.9, stride
                  N = sum w   S_c = sum w |phi'(z_c)|   P = sum w z phi'(z) phi(z)
                  Q = sum w phi(z)^2   G = sum w [z > 0]
     step     before = A, B;  optimizer.step();  after = A, B.  If a pass came before it and
-             GradScaler did not skip it: n = n + 1, and if N > 0 and all sums are finite
+             GradScaler did not skip it: n = n + 1, and if the FFN's N > 0 and its sums are finite
                  I     = blend(S / N, I, ema)
                  mask  = the max(1, ceil(keep F - 1e-9)) channels of largest I, lower index first
                  k_hat = P / Q, or 1 if Q = 0;  p = G / (N F)
@@ -39,7 +38,7 @@ activation receives, LoRA's update included. Defaults: keep 0.5, ema 0.9, stride
              Then the sums are 0 again. After every optimizer.step(), whatever came before it,
                  row c of B_gate                    = blend(before, after, mask_c scale)
                  A_gate, and A and B of up and down = blend(before, after, scale)
-    blend(b, a, w) = b + w (a - b) if w < 1/2, else a - (a - b) (1 - w)  (exact at w = 0 and 1)
+    blend(b, a, f) = b + f (a - b) if f < 1/2, else a - (a - b) (1 - f)  (exact at f = 0 and 1)
 In numbers: first step, SiLU, one token, two channels, z = (1, -2):
     phi = (0.731, -0.238)  phi' = (0.928, -0.091)  N = 1  S = (0.928, 0.091)  G = 1  p = 1/2
     P = (1)(0.928)(0.731) + (-2)(-0.091)(-0.238) = 0.635   Q = 0.731^2 + 0.238^2 = 0.591
@@ -87,7 +86,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 # ---- 1 the mathematics: pure functions, any leading dimensions (...) ---------
 def widen(t):
@@ -97,9 +95,12 @@ def widen(t):
 def value_and_slope(act, z):
     """phi(z) and phi'(z), shaped like z, of any elementwise activation: a function or a module."""
     act = getattr(act, "forward", act)  # skips a module's hooks
-    with torch.no_grad(), forward_ad.dual_level():  # z moves at speed 1, so phi moves at phi'
-        dual = forward_ad.make_dual(z.clone(), torch.ones_like(z))  # act may be in place
-        return tuple(forward_ad.unpack_dual(act(dual)))
+    own = torch.autograd.graph.saved_tensors_hooks(Tensor.detach, Tensor.detach)
+    with torch.enable_grad(), own:  # a checkpoint around this shall not see what it saves
+        z = z.detach().requires_grad_()
+        phi = act(z.clone())  # act may be in place
+        slope, = torch.autograd.grad(phi.sum(), z)
+    return phi.detach(), slope
 
 def selection_weight(act, z):
     """rho(z) = phi(z) / z, shaped like z; at 0 its limit phi'(0)."""
@@ -569,8 +570,7 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def generate(self, tokens, max_new_tokens, stop):
-        """Greedy: tokens (B, T), no padding -> (B, T + n), n <= max_new_tokens. What follows a
-        row's `stop` means nothing. ValueError beyond the context."""
+        """Greedy: tokens (B, T), no padding -> (B, T + n). After `stop` a row means nothing."""
         cache = [[] for _ in self.model.layers]
         new = tokens
         for n in range(1, 1 + max_new_tokens):

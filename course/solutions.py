@@ -1,13 +1,10 @@
 """The solutions of the lab (README.md). Read them after your own."""
 import numpy as np
 
-# ---- step 1: rho, phi' and kappa ----------------------------------------------------------------
-
-
+# ---- step 1: rho, phi' and kappa ---------------------------------------------
 def phi(activation, z):
     """The activation of z: "silu", "gelu" (exact) or "relu"."""
     return z * selection_weight(activation, z)
-
 
 def selection_weight(activation, z):
     """rho(z) = phi(z) / z, shaped like z."""
@@ -17,16 +14,13 @@ def selection_weight(activation, z):
         return normal_cdf(z)
     return (z > 0).astype(z.dtype)
 
-
 def normal_cdf(z):
     """P(X <= z) of a standard normal X, by the error function."""
     return 0.5 * (1 + np.vectorize(_erf, otypes=[float])(z / np.sqrt(2)))
 
-
 def _erf(x):
     from math import erf
     return erf(x)
-
 
 def slope(activation, z):
     """phi'(z), shaped like z; ReLU has 0 at 0."""
@@ -37,26 +31,19 @@ def slope(activation, z):
         return rho + z * np.exp(-z * z / 2) / np.sqrt(2 * np.pi)
     return rho
 
-
 def homogeneity(activation, z):
     """kappa(z) = z phi'(z) / phi(z), shaped like z; 1 where phi(z) = 0."""
     value = phi(activation, z)
     safe = np.where(value == 0, 1, value)
     return np.where(value == 0, 1, z * slope(activation, z) / safe)
 
-
-# ---- step 2: effective homogeneity ---------------------------------------------------------------
-
-
+# ---- step 2: effective homogeneity -------------------------------------------
 def effective_homogeneity(activation, z):
     """k_hat of gates z (T, F): the mean of kappa weighted by phi^2; a number."""
     value = phi(activation, z)
     return (z * slope(activation, z) * value).sum() / (value * value).sum()
 
-
-# ---- step 3: LoRA --------------------------------------------------------------------------------
-
-
+# ---- step 3: LoRA ------------------------------------------------------------
 class LoRA:
     """y = x W^T + (alpha / rank) x A^T B^T for W (out, in), A (rank, in), B (out, rank)."""
 
@@ -74,10 +61,7 @@ class LoRA:
         """The one matrix (out, in) that does the same."""
         return self.W + self.scaling * self.B @ self.A
 
-
-# ---- step 4: the drift of a row whose gradient alone is masked -----------------------------------
-
-
+# ---- step 4: the drift of a row whose gradient alone is masked ---------------
 def drift(before, masked, beta1=0.9, beta2=0.999):
     """How far Adam moves a parameter in `masked` steps of gradient 0 after `before` steps of
     gradient 1, in units of the learning rate."""
@@ -92,40 +76,33 @@ def drift(before, masked, beta1=0.9, beta2=0.999):
             moved += m / (1 - beta1**t) / np.sqrt(v / (1 - beta2**t))
     return moved
 
-
-# ---- step 5: NA-LoRA -----------------------------------------------------------------------------
-
-
+# ---- step 5: NA-LoRA ---------------------------------------------------------
 def start(width):
     """The state before the first step, of one FFN with `width` gate channels."""
     return {"importance": np.zeros(width), "mask": np.ones(width, bool), "k_hat": np.nan,
             "occupancy": np.nan, "scale": 1.0}
 
-
-def token_weights(real, first, step, stride):
-    """1 for the tokens that this step observes, else 0, (B, T). real (B, T): False is padding;
-    first: number of the pass's first token; step: how many steps were taken."""
-    number = first + np.arange(real.size).reshape(real.shape)
+def token_weights(real, step, stride):
+    """1 for the tokens of a pass that are observed, else 0, (B, T). real (B, T): False is padding;
+    step: how many steps were taken."""
+    number = np.arange(real.size).reshape(real.shape)
     return ((number % stride == step % stride) & real).astype(float)
-
 
 def observe(activation, z, weight):
     """Sums over the tokens of weight 1 of z (T, F): score (F,), tokens, z_slope_phi, phi_phi,
-    positive. All 0 if one is not finite; what z holds at weight 0 does not matter."""
+    positive. What z holds at weight 0 does not matter."""
     z = np.where(weight[:, None] > 0, z, 0)
     value = phi(activation, z)
     slopes = slope(activation, z)
-    sums = {"score": weight @ np.abs(slopes), "tokens": weight.sum(),
+    return {"score": weight @ np.abs(slopes), "tokens": weight.sum(),
             "z_slope_phi": (z * slopes * value).sum(), "phi_phi": (value * value).sum(),
             "positive": (z > 0).sum().astype(float)}
-    if not all(np.isfinite(t).all() for t in sums.values()):
-        sums = {key: np.zeros_like(t) for key, t in sums.items()}
-    return sums
-
 
 def decide(state, sums, config):
-    """The state after a step with these sums. config: keep, ema, mask, scale."""
-    if sums["tokens"] == 0:
+    """The state after a step with these sums, plain ones: the old one if there was no token or one
+    is not finite. config: keep, ema, mask, scale."""
+    finite = all(np.isfinite(t).all() for t in sums.values())
+    if sums["tokens"] == 0 or not finite:
         return state
     ema = config["ema"]
     width = len(state["importance"])
@@ -143,12 +120,10 @@ def decide(state, sums, config):
     return {"importance": importance, "mask": mask, "k_hat": k_hat, "occupancy": occupancy,
             "scale": scale}
 
-
-def correct(before, after, factor):
+def blend(before, after, factor):
     """before + factor (after - before), exact where factor is 0 or 1."""
     return np.where(factor < 0.5, before + factor * (after - before),
                     after - (after - before) * (1 - factor))
-
 
 def trace(case, t):
     """Trains on a trace's W, A, B, x and its gradients; yields what each step left, by name."""
@@ -163,7 +138,7 @@ def trace(case, t):
         after = {name: optimizer_step(case["optimizer"], p[name], t[grad_of(step, name)],
                                       moments[name], step + 1) for name in names}
         for i in ffns:
-            weight = token_weights(np.ones(gates[i].shape[:2], bool), 0, step,
+            weight = token_weights(np.ones(gates[i].shape[:2], bool), step,
                                    case["config"]["stride"])
             z = gates[i].reshape(-1, gates[i].shape[-1])
             sums = observe("silu", z, weight.reshape(-1))
@@ -173,17 +148,15 @@ def trace(case, t):
             factor = np.asarray(state["scale"])
             if name.endswith("gate_proj/B"):
                 factor = (state["mask"] * state["scale"])[:, None]
-            p[name] = correct(p[name], after[name], factor)
+            p[name] = blend(p[name], after[name], factor)
         found = dict(p)
         for i in ffns:
             found |= {f"{i}/{key}": value for key, value in states[i].items()}
         yield found
 
-
 def grad_of(step, name):
     head, _, part = name.rpartition("/")
     return f"{step}/{head}/grad_{part}"
-
 
 def gates_of(case, t, p, x):
     """z (B, T, F) of each FFN, with LoRA's update in it, for x (B, T, width)."""
@@ -196,7 +169,6 @@ def gates_of(case, t, p, x):
         gates.append(z)
         x = x + (phi("silu", z) * (x @ W["up_proj"].T)) @ W["down_proj"].T
     return gates
-
 
 def optimizer_step(o, p, g, moments, t):
     """The parameter after step t (from 1) of SGD or AdamW; changes `moments`."""

@@ -4,46 +4,33 @@ from math import erf
 
 import numpy as np
 
-
 def normal_cdf(z):
     """P(X <= z) of a standard normal X. Given."""
     return 0.5 * (1 + np.vectorize(erf, otypes=[float])(z / np.sqrt(2)))
 
-
-# ---- step 1: rho, phi' and kappa of "silu", "gelu" (exact) and "relu" ----------------------------
-
-
+# ---- step 1: rho, phi' and kappa of "silu", "gelu" (exact) and "relu" --------
 def selection_weight(activation, z):
     """rho(z) = phi(z) / z, shaped like z. SiLU: sigmoid(z); GELU: normal_cdf(z); ReLU: [z > 0]."""
     raise NotImplementedError
-
 
 def phi(activation, z):
     """The activation of z, shaped like z. Given."""
     return z * selection_weight(activation, z)
 
-
 def slope(activation, z):
     """phi'(z), shaped like z; ReLU has 0 at 0."""
     raise NotImplementedError
-
 
 def homogeneity(activation, z):
     """kappa(z) = z phi'(z) / phi(z), shaped like z; 1 where phi(z) = 0."""
     raise NotImplementedError
 
-
-# ---- step 2: effective homogeneity ---------------------------------------------------------------
-
-
+# ---- step 2: effective homogeneity -------------------------------------------
 def effective_homogeneity(activation, z):
     """k_hat of gates z (T, F): the mean of kappa weighted by phi^2; a number."""
     raise NotImplementedError
 
-
-# ---- step 3: LoRA --------------------------------------------------------------------------------
-
-
+# ---- step 3: LoRA ------------------------------------------------------------
 class LoRA:
     """y = x W^T + (alpha / rank) x A^T B^T for W (out, in), A (rank, in), B (out, rank).
 
@@ -61,48 +48,37 @@ class LoRA:
         """The one matrix (out, in) that does the same."""
         raise NotImplementedError
 
-
-# ---- step 4: the drift of a row whose gradient alone is masked -----------------------------------
-
-
+# ---- step 4: the drift of a row whose gradient alone is masked ---------------
 def drift(before, masked, beta1=0.9, beta2=0.999):
     """How far Adam moves a parameter in `masked` steps of gradient 0 after `before` steps of
     gradient 1, in units of the learning rate. Adam: m, v are moving averages of g, g^2, divided by
     1 - beta^t at step t = 1, 2, ...; the step is m / sqrt(v)."""
     raise NotImplementedError
 
-
-# ---- step 5: NA-LoRA -----------------------------------------------------------------------------
-
-
+# ---- step 5: NA-LoRA ---------------------------------------------------------
 def start(width):
     """The state before the first step, of one FFN with `width` gate channels. Given."""
     return {"importance": np.zeros(width), "mask": np.ones(width, bool), "k_hat": np.nan,
             "occupancy": np.nan, "scale": 1.0}
 
-
-def token_weights(real, first, step, stride):
-    """1 for the tokens that this step observes, else 0, (B, T). real (B, T): False is padding;
-    first: number of the pass's first token; step: how many steps were taken. Token i is observed
-    if i mod stride = step mod stride and it is real; padding has a number, too."""
+def token_weights(real, step, stride):
+    """1 for the tokens of a pass that are observed, else 0, (B, T). real (B, T): False is padding;
+    step: how many steps were taken. Tokens are numbered from 0, row by row, padding too; token i is
+    observed if i mod stride = step mod stride and it is real."""
     raise NotImplementedError
-
 
 def observe(activation, z, weight):
     """Sums over the tokens of weight (T,) 1 of z (T, F), a dictionary: "score" (F,): sum of
     |phi'|; "tokens": sum of the weights; "z_slope_phi": sum of z phi' phi; "phi_phi": sum of phi^2;
-    "positive": how many z > 0. What z holds at weight 0 does not matter. All are 0 if one is not
-    finite."""
+    "positive": how many z > 0. What z holds at weight 0 does not matter."""
     raise NotImplementedError
-
 
 def decide(state, sums, config):
     """The state after a step with these sums, a dictionary like that of start. config: "keep",
-    "ema", "mask" ("derivative" or "none"), "scale" ("homogeneity" or "none"). Where no token was
-    seen all stays. See the pseudo-code in data/vectors/README.md."""
+    "ema", "mask" ("derivative" or "none"), "scale" ("homogeneity" or "none"). If no token was
+    seen, or a sum is not finite, all stays. See the pseudo-code in data/vectors/README.md."""
     raise NotImplementedError
 
-
-def correct(before, after, factor):
+def blend(before, after, factor):
     """before + factor (after - before), exact where factor is 0 or 1."""
     raise NotImplementedError

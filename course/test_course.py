@@ -25,8 +25,11 @@ import nalora  # noqa: E402
 import solutions  # noqa: E402
 import vectors  # noqa: E402
 
-# ---- the vectors ---------------------------------------------------------------------------------
-
+# ---- the vectors -------------------------------------------------------------
+def test_the_pseudo_code_of_the_vectors_is_that_of_nalora():
+    text = (vectors.VECTORS / "README.md").read_text(encoding="utf-8").split("```")[1]
+    assert text.strip() in nalora.__doc__ and text.startswith("\nAn FFN has F gate channels")
+    assert text.endswith("(exact at f = 0 and 1)\n")
 
 def test_the_vectors_are_those_of_their_script():
     about, made = make_vectors.make_all()
@@ -36,7 +39,6 @@ def test_the_vectors_are_those_of_their_script():
     for key, t in made.items():
         torch.testing.assert_close(kept[key], t, rtol=1e-12, atol=1e-12, equal_nan=True)
     assert (vectors.VECTORS / "vectors.safetensors").stat().st_size < 1e6
-
 
 def core_of_nalora(dtype):
     """nalora.py's pure core and NALoRA as a port."""
@@ -49,38 +51,35 @@ def core_of_nalora(dtype):
         return nalora.State(zero, zero == 0, nan, nan, torch.ones((), dtype=dtype))._asdict()
 
     def observe(activation, z, weight):
-        return nalora.observe(nalora.ACTIVATIONS[activation], tensor(z), tensor(weight))._asdict()
+        act = make_vectors.ACTIVATIONS[activation]
+        return nalora.observe(act, tensor(z), tensor(weight))._asdict()
 
     def decide(state, sums, config):
         config = nalora.NALoRAConfig(**config)
         return nalora.decide(nalora.State(**state), nalora.GateSums(**sums), config)._asdict()
 
-    def correct(before, after, factor):
-        return nalora.correct(tensor(before), tensor(after), tensor(factor))
+    def blend(before, after, factor):
+        return nalora.blend(tensor(before), tensor(after), tensor(factor))
 
     def trace(case, t):
         t = {key: torch.as_tensor(value) for key, value in t.items()}
         return make_vectors.trace(case, t, "", dtype)
 
     return SimpleNamespace(start=start, token_weights=solutions.token_weights, observe=observe,
-                           decide=decide, correct=correct, trace=trace)
-
+                           decide=decide, blend=blend, trace=trace)
 
 def test_nalora_passes_the_vectors():
     assert vectors.failures(core_of_nalora(torch.float64)) == []
     assert vectors.failures(core_of_nalora(torch.float32), "float32") == []
 
-
 def test_the_numpy_solution_passes_the_vectors():
     assert vectors.failures(solutions) == []
-
 
 def test_interop_the_jax_port_passes_the_vectors():
     pytest.importorskip("jax")
     run = subprocess.run([sys.executable, "course/vectors.py", "course/port_jax.py"], cwd=ROOT,
                          capture_output=True, text=True)
     assert run.returncode == 0 and "0 fail" in run.stdout, run.stdout + run.stderr
-
 
 def test_interop_the_tour_runs():
     nbformat = pytest.importorskip("nbformat")
@@ -91,13 +90,10 @@ def test_interop_the_tour_runs():
     printed = "".join(o.get("text", "") for c in tour.cells for o in c.get("outputs", []))
     assert "nalora: mean |change|" in printed and "plain mean of kappa" in printed
 
-
-# ---- misreadings, each of which the vectors must find --------------------------------------------
-
-
+# ---- misreadings, each of which the vectors must find ------------------------
 def port_with(**changes):
     """The NumPy solution with some functions replaced; trace sees them, too."""
-    names = ("start", "token_weights", "observe", "decide", "correct", "trace")
+    names = ("start", "token_weights", "observe", "decide", "blend", "trace")
     spec = importlib.util.spec_from_file_location("mutant", HERE / "solutions.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -105,31 +101,37 @@ def port_with(**changes):
         setattr(module, name, function)
     return SimpleNamespace(**{name: getattr(module, name) for name in names})
 
+def always_from_token_0(real, step, stride):
+    return solutions.token_weights(real, 0, stride)
 
-def numbered(real, first):
-    return first + np.arange(real.size).reshape(real.shape)
-
-
-def always_from_token_0(real, first, step, stride):
-    return ((numbered(real, first) % stride == 0) & real).astype(float)
-
-
-def every_token(real, first, step, stride):
+def every_token(real, step, stride):
     return real.astype(float)
 
+def numbered_on():
+    """Tokens are numbered on across the passes of a step, as in version 1."""
+    at = {}
 
-def numbered_anew(real, first, step, stride):
-    return solutions.token_weights(real, 0, step, stride)
+    def start(width):
+        at.update(step=None)
+        return solutions.start(width)
 
+    def token_weights(real, step, stride):
+        first = at["first"] if step == at["step"] else 0
+        at.update(step=step, first=first + real.size)
+        number = first + np.arange(real.size).reshape(real.shape)
+        return ((number % stride == step % stride) & real).astype(float)
+    return {"start": start, "token_weights": token_weights}
 
-def padding_unnumbered(real, first, step, stride):
-    number = first + np.cumsum(real).reshape(real.shape) - 1
+def numbered_in_rows(real, step, stride):
+    number = np.broadcast_to(np.arange(real.shape[1]), real.shape)
     return ((number % stride == step % stride) & real).astype(float)
 
+def padding_unnumbered(real, step, stride):
+    number = np.cumsum(real).reshape(real.shape) - 1
+    return ((number % stride == step % stride) & real).astype(float)
 
-def padding_counted(real, first, step, stride):
-    return solutions.token_weights(np.ones_like(real), first, step, stride)
-
+def padding_counted(real, step, stride):
+    return solutions.token_weights(np.ones_like(real), step, stride)
 
 def observe_with(**changed):
     def observe(activation, z, weight):
@@ -137,15 +139,15 @@ def observe_with(**changed):
             key: function(activation, z, weight) for key, function in changed.items()}
     return observe
 
+def pass_dropped(activation, z, weight):
+    """A pass whose sums are not finite adds nothing, as in version 1."""
+    sums = solutions.observe(activation, z, weight)
+    finite = all(np.isfinite(t).all() for t in sums.values())
+    return sums if finite else {key: np.zeros_like(t) for key, t in sums.items()}
 
-def nan_kept(activation, z, weight):
-    z = np.where(weight[:, None] > 0, z, 0)
-    value = solutions.phi(activation, z)
-    slopes = solutions.slope(activation, z)
-    return {"score": weight @ np.abs(slopes), "tokens": weight.sum(),
-            "z_slope_phi": (z * slopes * value).sum(), "phi_phi": (value * value).sum(),
-            "positive": (z > 0).sum().astype(float)}
-
+def nan_in_padding(activation, z, weight):
+    sums = solutions.observe(activation, z, weight)
+    return sums if np.isfinite(z).all() else sums | {"phi_phi": np.nan}
 
 def mean_kappa(activation, z, weight):
     """P that makes P / Q the mean of kappa."""
@@ -155,22 +157,27 @@ def mean_kappa(activation, z, weight):
     q = (solutions.phi(activation, kept) ** 2).sum()
     return solutions.homogeneity(activation, kept).mean() * q
 
-
 def decide_with(edit):
     def decide(state, sums, config):
         new = solutions.decide(state, sums, config)
-        return state if sums["tokens"] == 0 else new | edit(state, sums, config, new)
+        return state if new is state else new | edit(state, sums, config, new)
     return decide
-
 
 def empty_step_decides(state, sums, config):
     return solutions.decide(state, sums | {"tokens": max(sums["tokens"], 1e-9)}, config)
 
+def channel_left_out(state, sums, config):
+    """Channels that are not finite stay; the others go on."""
+    finite = np.isfinite(sums["score"])
+    if finite.all():
+        return solutions.decide(state, sums, config)
+    score = np.where(finite, sums["score"], state["importance"] * sums["tokens"])
+    known = {"score": score, "z_slope_phi": state["k_hat"], "phi_phi": 1.0}
+    return solutions.decide(state, sums | known, config)
 
 def average_reversed(state, sums, config, new):
     mean = sums["score"] / sums["tokens"]
     return {"importance": (1 - config["ema"]) * state["importance"] + config["ema"] * mean}
-
 
 def mask_of(count, key):
     def edit(state, sums, config, new):
@@ -182,18 +189,14 @@ def mask_of(count, key):
         return {"mask": mask}
     return edit
 
-
 def right_count(keep, width):
     return int(np.ceil(keep * width - 1e-9))
-
 
 def rounded_down(keep, width):
     return int(keep * width)
 
-
 def rounded_up_floats(keep, width):
     return int(np.ceil(keep * width))
-
 
 def higher_index_first(state, sums, config, new):
     if config["mask"] == "none":
@@ -203,7 +206,6 @@ def higher_index_first(state, sums, config, new):
     mask[order[:right_count(config["keep"], len(order))]] = True
     return {"mask": mask}
 
-
 def scale_with(choose):
     def edit(state, sums, config, new):
         if config["scale"] == "none":
@@ -211,26 +213,20 @@ def scale_with(choose):
         return {"scale": choose(new["k_hat"], min(new["occupancy"], 1 - new["occupancy"]))}
     return edit
 
-
 def no_partition(k, p):
     return 1 / np.clip(k, 0.5, 2)
-
 
 def another_partition(k, p):
     return 1 / np.clip(k, 0.5, 2) if p >= 0.1 else 1.0
 
-
 def size_of_k(k, p):
     return 1 / np.clip(abs(k), 0.5, 2) if p >= 0.05 else 1.0
-
 
 def unclipped(k, p):
     return 1 / k if p >= 0.05 else 1.0
 
-
 def upside_down(k, p):
     return np.clip(k, 0.5, 2) if p >= 0.05 else 1.0
-
 
 def masked_always(state, sums, config, new):
     order = np.argsort(-new["importance"], kind="stable")
@@ -238,29 +234,19 @@ def masked_always(state, sums, config, new):
     mask[order[:right_count(config["keep"], len(order))]] = True
     return {"mask": mask}
 
-
 def scaled_always(state, sums, config, new):
     return {"scale": 1 / np.clip(new["k_hat"], 0.5, 2)}
 
-
 def stops_at_after(before, after, factor):
-    return solutions.correct(before, after, np.minimum(factor, 1))
+    return solutions.blend(before, after, np.minimum(factor, 1))
 
-
-def without_lora(case, t, p, x):
-    zeros = {name: 0 * value for name, value in p.items()}
-    return solutions.gates_of(case, t, zeros, x)
-
-
-def mutated_trace(edit):
-    """The solution's trace, edited as text."""
+def edited(name, old, new):
+    """A function of the solution, which is edited as text."""
     source = (HERE / "solutions.py").read_text()
-    old, new = edit
     assert source.count(old) == 1, old
     space = {}
     exec(source.replace(old, new), space)
-    return space["trace"]
-
+    return space[name]
 
 NO_MASK = ("            if name.endswith(\"gate_proj/B\"):\n"
                  "                factor = (state[\"mask\"] * state[\"scale\"])[:, None]\n", "")
@@ -288,10 +274,14 @@ GRADIENT_MASKED = (  # in the place of the step's
 MUTANTS = {
     "always from token 0": {"token_weights": always_from_token_0},
     "every token": {"token_weights": every_token},
-    "numbered anew at each microbatch": {"token_weights": numbered_anew},
+    "numbered on across passes": numbered_on(),
+    "numbered anew in each row": {"token_weights": numbered_in_rows},
     "padding has no number": {"token_weights": padding_unnumbered},
     "padding counted": {"token_weights": padding_counted},
-    "a NaN kept": {"observe": nan_kept},
+    "a pass with a NaN dropped": {"observe": pass_dropped},
+    "a NaN in padding seen": {"observe": nan_in_padding},
+    "a NaN decides": {"decide": edited("decide", " or not finite", "")},
+    "a channel with a NaN left out": {"decide": channel_left_out},
     "mean of kappa": {"observe": observe_with(z_slope_phi=mean_kappa)},
     "an empty step decides": {"decide": empty_step_decides},
     "average the wrong way round": {"decide": decide_with(average_reversed)},
@@ -306,92 +296,74 @@ MUTANTS = {
     "k_hat for 1 / k_hat": {"decide": decide_with(scale_with(upside_down))},
     "masked though off": {"decide": decide_with(masked_always)},
     "scaled though off": {"decide": decide_with(scaled_always)},
-    "never beyond after": {"correct": stops_at_after},
-    "z without LoRA": {"trace": mutated_trace(NO_LORA)},
-    "no mask on the step": {"trace": mutated_trace(NO_MASK)},
-    "mask on the gradient": {"trace": mutated_trace(GRADIENT_MASKED)},
-    "mask on up, too": {"trace": mutated_trace(MASK_ON_UP)},
-    "A masked, too": {"trace": mutated_trace(A_MASKED)},
-    "A not scaled": {"trace": mutated_trace(A_UNSCALED)},
+    "never beyond after": {"blend": stops_at_after},
+    "z without LoRA": {"trace": edited("trace", *NO_LORA)},
+    "no mask on the step": {"trace": edited("trace", *NO_MASK)},
+    "mask on the gradient": {"trace": edited("trace", *GRADIENT_MASKED)},
+    "mask on up, too": {"trace": edited("trace", *MASK_ON_UP)},
+    "A masked, too": {"trace": edited("trace", *A_MASKED)},
+    "A not scaled": {"trace": edited("trace", *A_UNSCALED)},
 }
-
 
 @pytest.mark.parametrize("name", MUTANTS)
 @pytest.mark.parametrize("precision", ["float64", "float32"])
 def test_the_vectors_find_every_misreading(name, precision):
     assert vectors.failures(port_with(**MUTANTS[name]), precision)
 
-
-# ---- the lab -------------------------------------------------------------------------------------
-
-
+# ---- the lab -----------------------------------------------------------------
 def pytest_check(lab, *more):
     command = [sys.executable, "-m", "pytest", "-q", "course/check.py", *more]
     return subprocess.run(command, cwd=ROOT, env={**os.environ, "LAB": lab}, capture_output=True,
                           text=True).stdout
 
-
 def test_the_solutions_pass_and_empty_steps_fail_every_check():
     assert "failed" not in (out := pytest_check("solutions")) and " passed" in out
     assert "passed" not in (out := pytest_check("steps")) and " failed" in out
-
 
 class BInOrder(solutions.LoRA):
     def __init__(self, W, rank, alpha, rng):
         super().__init__(W, rank, alpha, rng)
         self.B = rng.normal(size=self.B.shape)
 
-
 class NoScaling(solutions.LoRA):
     def __init__(self, W, rank, alpha, rng):
         super().__init__(W, rank, alpha, rng)
         self.scaling = 1.0
-
 
 class BothZero(solutions.LoRA):
     def __init__(self, W, rank, alpha, rng):
         super().__init__(W, rank, alpha, rng)
         self.A = 0 * self.A
 
-
 def kappa_mean(activation, z):
     return solutions.homogeneity(activation, z).mean()
-
 
 def weighted_by_phi(activation, z):
     value = solutions.phi(activation, z)
     return (value * solutions.homogeneity(activation, z)).sum() / value.sum()
 
-
 def no_drift(before, masked, beta1=0.9, beta2=0.999):
     return 0.0
 
-
 def frozen_v(before, masked, beta1=0.9, beta2=0.999):
     return sum(beta1**t for t in range(1, masked + 1))
-
 
 def signed_score(activation, z, weight):
     z = np.where(weight[:, None] > 0, z, 0)
     return weight @ solutions.slope(activation, z)
 
-
 def undivided(state, sums, config, new):
     return {"importance": config["ema"] * state["importance"] + (1 - config["ema"]) * sums["score"]}
-
 
 def inexact(before, after, factor):
     return before + factor * (after - before)
 
-
 def other_slope(activation, z):
     return solutions.selection_weight(activation, z)
-
 
 def nan_at_zero(activation, z):
     with np.errstate(all="ignore"):
         return z * solutions.slope(activation, z) / solutions.phi(activation, z)
-
 
 WRONG = [
     ("test_step1_selection_weight_and_slope", ("silu",), {"slope": other_slope}, "product rule"),
@@ -406,14 +378,16 @@ WRONG = [
     ("test_step4_drift", (), {"drift": no_drift}, "still moves"),
     ("test_step4_drift", (), {"drift": frozen_v}, "v decays"),
     ("test_step5_token_weights", (), {"token_weights": always_from_token_0}, "one place later"),
-    ("test_step5_token_weights", (), {"token_weights": numbered_anew}, "`first`"),
+    ("test_step5_token_weights", (), {"token_weights": numbered_in_rows}, "has a number"),
     ("test_step5_token_weights", (), {"token_weights": padding_unnumbered}, "has a number"),
     ("test_step5_token_weights", (), {"token_weights": padding_counted}, "Token 3 is padding"),
     ("test_step5_observe", (), {"observe": observe_with(score=signed_score)}, "not of phi'"),
-    ("test_step5_observe", (), {"observe": nan_kept}, "adds nothing"),
+    ("test_step5_observe", (), {"observe": pass_dropped}, "plain sums"),
     ("test_step5_decide_importance", (), {"decide": decide_with(average_reversed)}, "wrong way"),
     ("test_step5_decide_importance", (), {"decide": decide_with(undivided)}, "divide it by N"),
     ("test_step5_decide_importance", (), {"decide": empty_step_decides}, "saw no token"),
+    ("test_step5_decide_importance", (), MUTANTS["a NaN decides"], "not finite"),
+    ("test_step5_decide_importance", (), {"decide": channel_left_out}, "not finite"),
     ("test_step5_decide_mask", (), MUTANTS["rounded down"], "rounds up"),
     ("test_step5_decide_mask", (), MUTANTS["rounded up in floats"], "1e-9"),
     ("test_step5_decide_mask", (), MUTANTS["higher index first"], "lower index"),
@@ -422,11 +396,10 @@ WRONG = [
     ("test_step5_decide_scale", (), MUTANTS["no clip"], "clipped"),
     ("test_step5_decide_scale", (), MUTANTS["size of k_hat"], "negative"),
     ("test_step5_decide_scale", (), MUTANTS["k_hat for 1 / k_hat"], "1 / k_hat"),
-    ("test_step5_correct", (), {"correct": inexact}, "exact at 0 and 1"),
-    ("test_step5_correct", (), {"correct": stops_at_after}, "beyond after"),
-    ("test_step5_vectors", ("gates",), MUTANTS["a NaN kept"], "It catches"),
+    ("test_step5_blend", (), {"blend": inexact}, "exact at 0 and 1"),
+    ("test_step5_blend", (), {"blend": stops_at_after}, "beyond after"),
+    ("test_step5_vectors", ("gates",), MUTANTS["a NaN decides"], "It catches"),
 ]
-
 
 @pytest.mark.parametrize("test, args, wrong, words", WRONG)
 def test_each_usual_mistake_gets_its_own_words(monkeypatch, test, args, wrong, words):

@@ -1,10 +1,10 @@
 """Runs the test vectors of data/vectors against a port: a module, or any object, with
 
     start(width) -> state
-    token_weights(real, first, step, stride) -> weight
+    token_weights(real, step, stride) -> weight
     observe(activation, z, weight) -> sums
     decide(state, sums, config) -> state
-    correct(before, after, factor) -> parameter
+    blend(before, after, factor) -> parameter
     trace(case, tensors) -> yields, for each step, {name: array}
 
 States and sums are dictionaries of arrays by the names in data/vectors/README.md. A function that
@@ -23,7 +23,6 @@ from safetensors.numpy import load_file
 VECTORS = Path(__file__).resolve().parents[1] / "data" / "vectors"
 ABOUT = json.loads((VECTORS / "vectors.json").read_text())
 
-
 def load():
     """{case: ({about it}, {name: array})}."""
     tensors = load_file(VECTORS / "vectors.safetensors")
@@ -33,23 +32,19 @@ def load():
         cases[name] = (case, {key.removeprefix(f"{name}/"): tensors[key] for key in keys})
     return cases
 
-
 def results(port, case, t):
     """Yields (what, got, wanted) of one case."""
-    run = {"gates": run_gates, "correct": run_correct, "trace": run_trace}[case["kind"]]
+    run = {"gates": run_gates, "correct": run_blend, "trace": run_trace}[case["kind"]]
     yield from run(port, case, t)
-
 
 def run_gates(port, case, t):
     state = port.start(case["width"])
     for step, passes in enumerate(case["passes"]):
         sums = None
-        first = 0
         for index in range(passes):
             z = t[f"{step}/{index}/z"]  # (B, T, F)
             real = t[f"{step}/{index}/real"].astype(bool)  # (B, T)
-            weight = np.asarray(port.token_weights(real, first, step, case["config"]["stride"]))
-            first += real.size
+            weight = np.asarray(port.token_weights(real, step, case["config"]["stride"]))
             flat = z.reshape(-1, z.shape[-1])
             part = port.observe(case["activation"], flat, weight.reshape(-1))
             sums = part if sums is None else {key: sums[key] + part[key] for key in part}
@@ -59,23 +54,20 @@ def run_gates(port, case, t):
         for key, value in state.items():
             yield f"step {step}: {key}", value, t[f"{step}/{key}"]
 
-
-def run_correct(port, case, t):
+def run_blend(port, case, t):
     rows = (t["mask"] * t["scale"])[:, None]
-    yield "gate_B", port.correct(t["before"], t["after"], rows), t["gate_B"]
-    yield "others", port.correct(t["before"], t["after"], t["scale"]), t["others"]
-
+    yield "gate_B", port.blend(t["before"], t["after"], rows), t["gate_B"]
+    yield "others", port.blend(t["before"], t["after"], t["scale"]), t["others"]
 
 def run_trace(port, case, t):
     for step, found in enumerate(port.trace(case, t)):
         for key, value in found.items():
             yield f"step {step}: {key}", value, t[f"{step}/{key}"]
 
-
 def failures(port, precision="float64", only=None):
     """[(case, what, largest error, what the case catches)]: the first failure of each case."""
     tolerance = ABOUT["tolerance"][precision]
-    needs = {"gates": "observe", "correct": "correct", "trace": "trace"}
+    needs = {"gates": "observe", "correct": "blend", "trace": "trace"}
     found = []
     for name, (case, t) in load().items():
         if (only and case["kind"] not in only) or not hasattr(port, needs[case["kind"]]):
@@ -92,7 +84,6 @@ def failures(port, precision="float64", only=None):
                 break
     return found
 
-
 def main(path):
     spec = importlib.util.spec_from_file_location("port", path)
     port = importlib.util.module_from_spec(spec)
@@ -103,7 +94,6 @@ def main(path):
         print(f"{name}, {what}: {how}. This case catches: {catches}.")
     print(f"{len(ABOUT['cases'])} cases at the tolerance of {precision}, {len(wrong)} fail")
     return 1 if wrong else 0
-
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1]))

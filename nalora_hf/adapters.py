@@ -10,10 +10,37 @@ import safetensors.torch
 import torch
 import torch.nn as nn
 
-from nalora import Llama, LoRALinear
+import nalora
 from nalora_hf.families import named, own_modules, refuse, shapes
 
 # -- LoRA in a model, under the model's own names --------------------------------------------------
+class LoRALinear(nalora.LoRALinear):
+    """One that stands in for its nn.Linear in every way: it is in its mode, and has a weight, bias
+    and sizes for code that asks for them, as torch's own encoder does. ValueError on a rank or
+    alpha that does not fit."""
+    def __init__(self, base, rank, alpha):
+        most = min(base.in_features, base.out_features)
+        refuse(type(rank) is not int or not 1 <= rank <= most,
+               f"rank is {rank}, but {base} takes a whole number from 1 to {most}.")
+        refuse(type(alpha) not in (int, float) or not 0 < alpha < 1e12,
+               f"alpha is {alpha}, which makes no plain LoRA: give a number above zero.")
+        super().__init__(base, rank, alpha)
+        self.training = base.training
+        self.in_features = base.in_features
+        self.out_features = base.out_features
+
+    @property
+    def weight(self):
+        return merged(self)
+
+    @property
+    def bias(self):
+        return self.base_layer.bias
+
+def merged(layer):
+    """W + (alpha / rank) B A, (out, in), rounded once to W's dtype."""
+    W = layer.base_layer.weight
+    return (nalora.widen(W) + layer.scaling * (layer.lora_B @ layer.lora_A)).to(W.dtype)
 
 def inject_lora(model, targets, rank=8, alpha=16):
     """Puts a LoRALinear in the place of every nn.Linear that `targets` name, freezes all else and
@@ -26,23 +53,9 @@ def inject_lora(model, targets, rank=8, alpha=16):
     for target in targets:
         refuse(not named(linears, [target]), f"The target {target!r} matches no linear layer; "
                f"there are {', '.join(sorted({name.split('.')[-1] for name in linears}))}.")
-    layers = {name: lora_on(linears[name], rank, alpha) for name in named(linears, targets)}
+    layers = {name: LoRALinear(linears[name], rank, alpha) for name in named(linears, targets)}
     put_lora(model, layers)
     return list(layers)
-
-def lora_on(base, rank, alpha):
-    """A LoRALinear around an nn.Linear, in its mode and of its size. ValueError on a rank or alpha
-    that does not fit."""
-    most = min(base.in_features, base.out_features)
-    refuse(type(rank) is not int or not 1 <= rank <= most,
-           f"rank is {rank}, but {base} takes a whole number from 1 to {most}.")
-    refuse(type(alpha) not in (int, float) or not 0 < alpha < 1e12,
-           f"alpha is {alpha}, which makes no plain LoRA: give a number above zero.")
-    layer = LoRALinear(base, rank, alpha)
-    layer.training = base.training
-    layer.in_features = base.in_features
-    layer.out_features = base.out_features
-    return layer
 
 def put_lora(model, layers):
     """Puts {name: LoRALinear} in the places of their base layers and freezes all else."""
@@ -57,12 +70,12 @@ def base_linears(model):
             if isinstance(m, nn.Linear)}
 
 def has_lora(model):
-    return any(isinstance(m, LoRALinear) for m in model.modules())
+    return any(isinstance(m, nalora.LoRALinear) for m in model.modules())
 
 def lora_layers(model):
-    """{module name: LoRALinear} in module order. ValueError if there is none."""
+    """{module name: LoRALinear, this one or nalora's} in module order. ValueError if none."""
     refuse(not has_lora(model), "This model carries no LoRA (never injected, or merged already).")
-    return {name: m for name, m in own_modules(model).items() if isinstance(m, LoRALinear)}
+    return {name: m for name, m in own_modules(model).items() if isinstance(m, nalora.LoRALinear)}
 
 def lora_parameters(model):
     """[A, B, A, B, ...] in module order: what the optimizer trains."""
@@ -82,7 +95,7 @@ def merge_lora(model):
                "device: load the base untied and in floating point to merge.")
     put(model, {layer: layer.base_layer for layer in layers.values()})
     for layer in layers.values():
-        layer.base_layer.weight.copy_(layer.weight)
+        layer.base_layer.weight.copy_(merged(layer))
     return list(layers)
 
 def put(model, new):
@@ -95,22 +108,22 @@ def put(model, new):
         setattr(parent, part, new[m])
 
 # -- files -----------------------------------------------------------------------------------------
-
 def save_adapter(model, directory, base_model=None, settings=None):
     """Writes adapter_model.safetensors and adapter_config.json as PEFT does, and nalora.json.
     base_model: name or path of the base, for PEFT; settings: any JSON value, for the record.
     ValueError if that would not hold all that trains, or is no plain LoRA of one size."""
     layers = lora_layers(model)
-    kinds = {(type(m), m.rank, m.alpha, m.scaling) for m in layers.values()}
-    _, rank, alpha, _ = next(iter(kinds))
-    refuse(kinds != {(LoRALinear, rank, alpha, alpha / rank)}, "An adapter holds plain LoRA of one "
-           "size: these layers differ in rank or alpha, are more than LoRA or scaled otherwise.")
+    plain = all(type(m) in (LoRALinear, nalora.LoRALinear) for m in layers.values())
+    sizes = {(m.rank, m.alpha, m.scaling) for m in layers.values()}
+    rank, alpha, _ = next(iter(sizes))
+    refuse(not plain or sizes != {(rank, alpha, alpha / rank)}, "An adapter holds plain LoRA of "
+           "one size: these differ in rank or alpha, are more than LoRA or scaled otherwise.")
     held = {id(p) for p in lora_parameters(model)}
     others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
     refuse(others, f"{', '.join(others[:3])} would not be in the adapter, yet trains: freeze it, "
            "or merge_lora(model) and save the model.")
     whole = own_modules(model)[""]
-    writes = isinstance(whole, Llama) or hasattr(whole, "prepare_inputs_for_generation")
+    writes = isinstance(whole, nalora.Llama) or hasattr(whole, "prepare_inputs_for_generation")
     encodes = getattr(getattr(whole, "config", None), "is_encoder_decoder", False)
     task = ("SEQ_2_SEQ_LM" if encodes else "CAUSAL_LM") if writes else None
     targets = sorted({name.split(".")[-1] for name in layers})  # last parts, if they name no other
@@ -153,7 +166,7 @@ def load_adapter(model, directory):
     if config.get("layers_to_transform") or config.get("exclude_modules"):  # not all of them
         names = [name for name in names if f"{PREFIX}{name}.lora_A.weight" in tensors]
     layers = (lora_layers(model) if has_lora(model) else
-              {name: lora_on(linears[name], rank, alpha) for name in names})
+              {name: LoRALinear(linears[name], rank, alpha) for name in names})
     alike = all((m.rank, m.alpha) == (rank, alpha) for m in layers.values())
     wrong = sorted(shapes(tensors).items() ^ shapes(adapter_tensors(layers)).items())
     refuse(wrong or not alike or not tensors or len(tensors) < len(stored),

@@ -4,13 +4,21 @@ import math
 import re
 from collections import Counter
 from contextlib import suppress
+from functools import partial
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
-from nalora import ACTIVATIONS, GateSums, LoRALinear, State, value_and_slope, widen
+from nalora import GateSums, LoRALinear, State, value_and_slope, widen
 
 GATES = ("gate_proj", "gate_up_proj")  # names of the linear layer in front of the activation
+
+def quick_gelu(z):
+    return z * torch.sigmoid(1.702 * z)
+
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "quick_gelu": quick_gelu, "relu": F.relu,
+               "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}  # as configs name them
 
 def refuse(wrong, message):
     if wrong:
@@ -21,7 +29,6 @@ def shapes(tensors):
 
 class Stack:
     """FFNs of one width, device and activation; their states stand stacked."""
-
     def __init__(self, ffns, height, width, dtype, device):  # [(name, FFN, gate, activation)]
         self.names, self.ffns, self.gates, acts = zip(*ffns)
         self.act = acts[0]
@@ -131,16 +138,8 @@ def activation(ffn, config=None):
         if callable(getattr(ffn, name, None)):
             return getattr(ffn, name)
     if hasattr(ffn, "down_proj"):
-        return activation_called(getattr(getattr(ffn, "config", config), "hidden_act", None))
+        return ACTIVATIONS.get(getattr(getattr(ffn, "config", config), "hidden_act", None))
     return None
-
-def activation_called(name):
-    """The activation of that name in ACTIVATIONS, which may hold it or what makes it; or None."""
-    act = ACTIVATIONS.get(name)
-    try:
-        return act and act()  # a class of modules, or a factory
-    except TypeError:  # a function of z
-        return act
 
 def kind(act):
     """Equal if one call may evaluate both: one object, or modules alike in class and attributes."""

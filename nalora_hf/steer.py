@@ -11,17 +11,16 @@ from nalora import (GateSums, NALoRAConfig, State, importance_mask, step_scale, 
 from nalora_hf.families import GATES, lora_pairs, own_modules, refuse, shapes, stack_ffns
 
 # -- observe, decide, correct: what is summed, what is known, what a step becomes ------------------
-
 def observe(act, z, weight):
     """GateSums of gates z (..., T, F) with weight (..., T): 1 counts a token, 0 does not, whatever
     its z holds. All zero where a sum overflowed."""
     z = widen(z)
     weight = weight.to(z.dtype)
     z = torch.where(weight[..., None] > 0, z, 0)  # adds nothing: phi(0) = 0, S is weighted
-    phi, slope = value_and_slope(act, z)  # (..., T, F) each
     positive = z.sign().relu_().sum((-2, -1))  # counts z > 0, but faster
-    z_slope_phi = (z * slope).mul_(phi).sum((-2, -1))  # in place: less memory is touched
     with torch.autocast(z.device.type, enabled=False):
+        phi, slope = value_and_slope(act, z)  # (..., T, F) each
+        z_slope_phi = (z * slope).mul_(phi).sum((-2, -1))  # in place: less memory is touched
         score = (weight[..., None, :] @ slope.abs_()).squeeze(-2)  # (..., F)
     sums = GateSums(score, weight.sum(-1), z_slope_phi, phi.square_().sum((-2, -1)), positive)
     finite = (score.sum(-1) + sum(sums[1:])).isfinite()  # (...)
@@ -47,7 +46,6 @@ def choose(condition, yes, no):
             for y, n in zip(yes, no))
 
 # -- the class ------------------------------------------------------------------------------------
-
 class NALoRA:
     """Turns a LoRA training loop into NA-LoRA: make one after the optimizer, change nothing else.
     It steers every FFN whose gate carries LoRA, ours or PEFT's, and says in one line how many.
@@ -57,7 +55,6 @@ class NALoRA:
     With padded batches set `token_mask` (batch, seq), nonzero for real tokens (of an encoder-
     decoder: the encoder's), before each pass. An earlier NALoRA on these gates is removed.
     ValueError if no gate carries LoRA, or an optimizer lacks it, averages or has another NALoRA."""
-
     def __init__(self, model, optimizer, config=None, gate=GATES, act=None):
         self.config = config or NALoRAConfig()
         self.token_mask = None
@@ -183,7 +180,6 @@ class NALoRA:
                 del optimizer.nalora
 
 # -- which optimizer steers what -------------------------------------------------------------------
-
 def steered_by(optimizers, stacks):
     """{optimizer: [(p, stack, i, whether it is B_gate)]} of what trains. An earlier NALoRA on these
     gates is taken off."""
@@ -216,7 +212,6 @@ def steered_by(optimizers, stacks):
     return {o: [entry for entry in steered if owner.get(id(entry[0])) is o] for o in optimizers}
 
 # -- several ranks, and checkpoints ----------------------------------------------------------------
-
 def local(p):
     """The part of a parameter that this rank holds: of FSDP2's DTensors some rows, else all."""
     return p.detach().to_local() if hasattr(p, "placements") else p.detach()
@@ -272,11 +267,9 @@ def keep_in_checkpoints(tool, optimizer):
     load(optimizer)
 
 # -- hooks: which passes count, and what goes past NALoRA ------------------------------------------
-
 class Observer:
     """The hooks of one FFN: they sample each pass that trains, z as the activation receives it, or
     else, where that cannot be seen, as the gate gives it."""
-
     def __init__(self, tool, stack, i):
         self.tool = tool
         self.stack = stack
@@ -360,7 +353,6 @@ class Observer:
 
 class Hook:
     """A hook in the model. Copies and pickles of it call nothing; a copied gate's says so."""
-
     def __init__(self, call=None):
         self.call = call
 
@@ -386,7 +378,6 @@ def call_all(waiting, grad):
 class Watch:
     """Knows which pass is under way, and notices what goes past NALoRA: other optimizers' steps,
     other adapters, gradients thrown away."""
-
     def __init__(self, tool, model):
         self.gate = tool._stacks[-1].gates[-1]  # backward comes to it first
         self.parameter = lora_pairs(self.gate)[0][1]  # B

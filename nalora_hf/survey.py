@@ -9,7 +9,6 @@ A row says "steered" only if two things were seen. The importance is the mean |p
 FFN's activation received, all tokens counted by a hook of our own. And one step of SGD moved the
 rows of every B_gate as the mask and the scale say, bit for bit, seen beside plain LoRA's step.
 """
-
 import argparse
 import contextlib
 import io
@@ -28,17 +27,12 @@ from nalora_hf.steer import NALoRA, correct
 
 PACKAGE = Path(__file__).parent
 
-
 def all_of(names, value):
     return dict.fromkeys(names.split(), value)
 
-
-WIDE = all_of(
-    "intermediate_size ffn_dim d_ff n_inner ffn_hidden_size encoder_ffn_dim decoder_ffn_dim "
-    "shared_expert_intermediate_size shared_intermediate_size intermediate_size_mlp "
-    "dense_intermediate_size moe_intermediate_size",
-    48,
-)
+WIDE = all_of("intermediate_size ffn_dim d_ff n_inner ffn_hidden_size encoder_ffn_dim "
+              "decoder_ffn_dim shared_expert_intermediate_size shared_intermediate_size "
+              "intermediate_size_mlp dense_intermediate_size moe_intermediate_size", 48)
 EXPERTS = all_of("num_experts num_local_experts n_routed_experts moe_num_experts", 4)
 EXPERTS |= all_of("n_group topk_group num_expert_group first_k_dense_replace n_shared_experts", 1)
 EXPERTS |= all_of("num_experts_per_tok num_experts_per_token moe_topk moe_k", 2)
@@ -50,56 +44,35 @@ OTHER |= all_of("qk_head_dim kv_lora_rank q_lora_rank sliding_window image_size"
 OTHER |= all_of("head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim mamba_d_state", 8)
 OTHER |= all_of("hidden_size_per_layer_input patch_size", 8)
 OTHER |= all_of("vocab_size vocab_size_per_layer_input max_position_embeddings n_positions", 64)
-OTHER |= {
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "num_kv_shared_layers": 0,
-    "use_cache": False,
-    "attention_types": [[["global", "local"], 1]],
-    "is_decoder": True,
-    "is_encoder_decoder": False,
-}
+OTHER |= {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+          "num_kv_shared_layers": 0, "use_cache": False,
+          "attention_types": [[["global", "local"], 1]], "is_decoder": True,
+          "is_encoder_decoder": False}
 MAY_BE_UNSET = {*WIDE, *EXPERTS}
 SIZES = WIDE | EXPERTS | OTHER
-
 
 def tiny(config_class, **changes):
     """A configuration of a few thousand parameters: the class's own, with small SIZES."""
     default = config_class()
     names = {name for name in vars(default) if not name.startswith("_")}
-    small = {
-        name: SIZES[name]
-        for name in names & set(SIZES)
-        if type(vars(default)[name]) is type(SIZES[name])
-        or vars(default)[name] is None
-        and name in MAY_BE_UNSET
-    }
+    small = {name: SIZES[name] for name in names & set(SIZES)
+             if type(vars(default)[name]) is type(SIZES[name])
+             or vars(default)[name] is None and name in MAY_BE_UNSET}
     for name in getattr(config_class, "sub_configs", {}):
         part = vars(default).get(name)
         if part is not None:
             small[name] = tiny(type(part)).to_dict()
     return config_class(**{**small, **{k: v for k, v in changes.items() if k in names}})
 
-
 # Families whose sizes must fit together in ways of their own.
-SPECIAL = [
-    {},
-    {"head_dim": 4},
-    {"num_key_value_heads": 4},
-    {"num_hidden_layers": 4},
-    {"num_hidden_layers": 4, "head_dim": 4, "num_key_value_heads": 4},
-    {"num_experts_per_tok": 1},
-    {"mamba_d_head": 16, "num_hidden_layers": 4},
-    {"layer_types": ["full_attention", "conv"]},
-]
-
+SPECIAL = [{}, {"head_dim": 4}, {"num_key_value_heads": 4}, {"num_hidden_layers": 4},
+           {"num_hidden_layers": 4, "head_dim": 4, "num_key_value_heads": 4},
+           {"num_experts_per_tok": 1}, {"mamba_d_head": 16, "num_hidden_layers": 4},
+           {"layer_types": ["full_attention", "conv"]}]
 
 def build(name):
     """A tiny random model of that class, in training mode. ValueError if none could be built."""
     import transformers
-
     errors = []
     for changes in SPECIAL:
         try:
@@ -113,16 +86,12 @@ def build(name):
             errors.append(f"{type(e).__name__}: {e}")
     raise ValueError(" ".join(errors[0].split())[:160])
 
-
 def loss_of(model):
     torch.manual_seed(1)  # also of what the model draws (dropout, noise of a router)
     tokens = torch.randint(3, 60, (2, 12))
     return model(input_ids=tokens).logits.float().square().mean()
 
-
 # ---- one family ----------------------------------------------------------------------------------
-
-
 def with_lora(model, by_peft):
     """The model with LoRA on all linear layers, B away from 0."""
     if by_peft:
@@ -131,11 +100,8 @@ def with_lora(model, by_peft):
         model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
     else:
         head = model.get_output_embeddings()
-        linears = {
-            name: m
-            for name, m in model.named_modules()
-            if type(m) is torch.nn.Linear and m is not head and min(m.weight.shape) >= 4
-        }
+        linears = {name: m for name, m in model.named_modules()
+                   if type(m) is torch.nn.Linear and m is not head and min(m.weight.shape) >= 4}
         inject_lora(model, [name for name in linears if "router" not in name], rank=4, alpha=8)
     torch.manual_seed(2)
     for layer in model.modules():
@@ -143,21 +109,16 @@ def with_lora(model, by_peft):
             torch.nn.init.normal_(B.data, std=0.02)
     return model.train()
 
-
 def optimizer_of(model):
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-
 
 def candidates(model):
     """Names of layers with LoRA beside an activation, for gate=."""
     names = {name: m for name, m in model.named_modules() if lora_pairs(m)}
     parents = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
-    return dict.fromkeys(
-        name.rpartition(".")[2]
-        for name in names
-        if activation(parents[name]) is not None and not re.search("router|attn|down_proj", name)
-    )
-
+    return dict.fromkeys(name.rpartition(".")[2] for name in names
+                         if activation(parents[name]) is not None
+                         and not re.search("router|attn|down_proj", name))
 
 def steer(fresh, keywords):
     """(problem, stacks) of one step beside plain LoRA's, from two equal models that fresh() makes.
@@ -180,8 +141,7 @@ def steer(fresh, keywords):
         for i, gate in enumerate(stack.gates):
             if stack.acts[i]:
                 stack.acts[i].register_forward_pre_hook(
-                    lambda act, inputs, key=(stack, i): note(key, inputs[0])
-                )
+                    lambda act, inputs, key=(stack, i): note(key, inputs[0]))
             else:
                 gate.register_forward_hook(lambda gate, x, z, key=(stack, i): note(key, z))
     before = {id(p): p.detach().clone() for p in model.parameters()}
@@ -208,14 +168,12 @@ def steer(fresh, keywords):
                 return "no row of B_gate moved", tool._stacks
     return "", tool._stacks
 
-
 def gated(tool_stack):
     """Whether an FFN multiplies its activation by features: another layer is as wide, or fused."""
     ffn, gate = tool_stack.ffns[0], tool_stack.gates[0]
     width = tool_stack.state.mask.size(-1)
     others = [m for m in ffn.children() if m is not gate]
     return tool_stack.fused or any(features(m, "out") == width for m in others)
-
 
 def try_family(name):
     """{"outcome": steered, ungated, refused, not built or wrong, "how", "said"} of a class."""
@@ -243,24 +201,15 @@ def try_family(name):
                 continue
             how = ", ".join(f"{k}={getattr(v, '__name__', repr(v))}" for k, v in keywords.items())
             kind = "steered" if gated(stacks[0]) else "ungated"
-            return {
-                "outcome": "wrong" if problem else kind,
-                "how": how if by_peft else f"inject_lora {how}".strip(),
-                "said": problem,
-            }
+            return {"outcome": "wrong" if problem else kind,
+                    "how": how if by_peft else f"inject_lora {how}".strip(), "said": problem}
     return {"outcome": "refused", "how": "", "said": said[0]}
 
-
 # ---- all families --------------------------------------------------------------------------------
-
-
 def survey(chosen):
     """{class: row of `try_family`} of transformers' causal language models."""
     import transformers
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES,
-    )
-
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     rows = {}
@@ -273,17 +222,12 @@ def survey(chosen):
         print(name, *filter(None, rows[name].values()), sep=" | ", flush=True)
     return rows
 
-
 MARK = "<!-- families -->"  # in MODELS.md, before the table
 END = "<!-- end -->"
-TITLES = {
-    "steered": "Gated, steered and verified",
-    "ungated": "No gate, steered and verified with the layer in front of the activation",
-    "refused": "Refused",
-    "not built": "Not tried: no tiny model of it could be built",
-    "wrong": "Steered, but wrong",
-}
-
+TITLES = {"steered": "Gated, steered and verified",
+          "ungated": "No gate, steered and verified with the layer in front of the activation",
+          "refused": "Refused", "not built": "Not tried: no tiny model of it could be built",
+          "wrong": "Steered, but wrong"}
 
 def report(rows):
     """The Markdown table of the families, by outcome."""
@@ -292,9 +236,8 @@ def report(rows):
         groups = {}
         for name, row in rows.items():
             if row["outcome"] == outcome:
-                short = re.sub(
-                    "(For(CausalLM|ConditionalGeneration)|(Model)?(With)?LMHead(Model)?)$", "", name
-                )
+                short = re.sub("(For(CausalLM|ConditionalGeneration)|"
+                               "(Model)?(With)?LMHead(Model)?)$", "", name)
                 how = row["how"] or ("PEFT, all linear layers" if outcome == "steered" else "")
                 names = groups.setdefault(reason(row["said"]) or how, [])
                 names.append(f"{short} (multimodal)" if short in names else short)
@@ -303,7 +246,6 @@ def report(rows):
             lines.append(f"| {title} ({count}) | {how} | {len(names)}: {', '.join(names)} |")
     return "\n".join(lines)
 
-
 def reason(said):
     """What a refusal says, without the names of one model."""
     kinds = {
@@ -311,10 +253,8 @@ def reason(said):
         "No gated FFN": "no linear layer stands in front of an activation and carries LoRA",
         "no activation": "the layer called gate_proj belongs to no FFN (attention)",
         "no module of its own": "gate and up are one layer, and the activation is no module",
-        "This LoRA": "PEFT's LoRA does not go in, or its model does not run",
-    }
+        "This LoRA": "PEFT's LoRA does not go in, or its model does not run"}
     return next((kind for mark, kind in kinds.items() if mark in said), said.split(":")[0])
-
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -334,7 +274,6 @@ def main(argv=None):
         before, _, rest = text.partition(MARK)
         text = f"{before}{MARK}\n{table}\n{END}{rest.partition(END)[2]}"
         write_files(PACKAGE, {"MODELS.md": text})
-
 
 if __name__ == "__main__":
     sys.exit(main())

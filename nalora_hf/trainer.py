@@ -11,7 +11,6 @@ def NALoRACallback(config=None, gate=GATES, act=None):
     attention mask of each batch. Its state is in the trainer's checkpoints, in optimizer.pt."""
     from inspect import signature
     from transformers import TrainerCallback
-
     class Callback(TrainerCallback):
         def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
             before = getattr(getattr(optimizer, "optimizer", optimizer), "nalora", None)

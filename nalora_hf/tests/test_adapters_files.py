@@ -1,5 +1,4 @@
 """Files as they should not be: broken, foreign, hostile. Each is refused in a sentence or read."""
-
 import json
 import math
 import os
@@ -16,14 +15,12 @@ from nalora import LoRALinear
 from nalora_hf import adapters, inject_lora, load_adapter, save_adapter
 from nalora_hf.tests.helpers import FFN, batch, small_llama, spoiled, trained_lora
 
-
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     target = tmp_path / "file.json"
     nalora_hf.write_files(tmp_path, {"file.json": {"a": 1}})
     with pytest.raises(ValueError, match="file.json cannot hold that"):
         nalora_hf.write_files(tmp_path, {"other.json": {"b": 2}, "file.json": {"a": object()}})
     assert json.loads(target.read_text()) == {"a": 1} and os.listdir(tmp_path) == ["file.json"]
-
 
 def test_two_files_are_both_old_or_both_serialised(tmp_path):
     nalora_hf.write_files(tmp_path, {"a.json": 1, "b.json": 2})
@@ -32,7 +29,6 @@ def test_two_files_are_both_old_or_both_serialised(tmp_path):
     assert [(tmp_path / n).read_text() for n in ("a.json", "b.json")] == ["1\n", "2\n"]
     assert sorted(os.listdir(tmp_path)) == ["a.json", "b.json"]
 
-
 @pytest.fixture(scope="session")
 def intact(tmp_path_factory):
     """An adapter that can be spoiled."""
@@ -40,10 +36,8 @@ def intact(tmp_path_factory):
     save_adapter(trained_lora(), folder)
     return folder
 
-
-@pytest.mark.parametrize(
-    "file", ["adapter_model.safetensors", "adapter_config.json", "nalora.json"]
-)
+@pytest.mark.parametrize("file",
+                         ["adapter_model.safetensors", "adapter_config.json", "nalora.json"])
 def test_a_spoiled_adapter_is_refused_with_a_sentence_or_read_whole(intact, tmp_path, file):
     folder = tmp_path / "copy"
     shutil.copytree(intact, folder)
@@ -63,11 +57,8 @@ def test_a_spoiled_adapter_is_refused_with_a_sentence_or_read_whole(intact, tmp_
             assert "\n" not in str(e)
     assert refused > 20 and not (tmp_path / "executed").exists()
     path.unlink()
-    for spoil in (
-        path.mkdir,
-        lambda: (path.rmdir(), path.symlink_to("/dev/null")),
-        lambda: (path.unlink(), path.symlink_to(path)),
-    ):
+    for spoil in (path.mkdir, lambda: (path.rmdir(), path.symlink_to("/dev/null")),
+                  lambda: (path.unlink(), path.symlink_to(path))):
         spoil()
         if path.is_symlink() and not path.exists() and file == "nalora.json":
             continue  # it need not be there, and a circle of links is none
@@ -78,25 +69,16 @@ def test_a_spoiled_adapter_is_refused_with_a_sentence_or_read_whole(intact, tmp_
     read()
     assert sorted(os.listdir(folder)) == names  # reading writes nothing
 
-
 @pytest.mark.parametrize(
     "spoil, message",
-    [
-        (lambda t, k: {**t, k: t[k].int()}, "int32"),
-        (lambda t, k: {**t, k: t[k] * math.nan}, "finite"),
-        (lambda t, k: {**t, k: t[k] / 0}, "finite"),
-        (lambda t, k: {**t, k: t[k].bool()}, "bool"),
-        (lambda t, k: {**t, k: t[k].to(torch.float8_e4m3fn)}, "float8_e4m3fn"),
-        (
-            lambda t, k: {**t, k.replace("layers.0", "layers.0/../.."): t[k].clone()},
-            "layers|not fit",
-        ),
-        (lambda t, k: {**t, "/etc/passwd": t[k].clone()}, "passwd|not fit"),
-        (lambda t, k: {**t, k: t[k][:1]}, "not fit"),
-        (lambda t, k: {}, "not fit"),
-        (lambda t, k: {**t, k: t[k][None]}, "not fit"),
-    ],
-)
+    [(lambda t, k: {**t, k: t[k].int()}, "int32"),
+     (lambda t, k: {**t, k: t[k] * math.nan}, "finite"),
+     (lambda t, k: {**t, k: t[k] / 0}, "finite"), (lambda t, k: {**t, k: t[k].bool()}, "bool"),
+     (lambda t, k: {**t, k: t[k].to(torch.float8_e4m3fn)}, "float8_e4m3fn"),
+     (lambda t, k: {**t, k.replace("layers.0", "layers.0/../.."): t[k].clone()}, "layers|not fit"),
+     (lambda t, k: {**t, "/etc/passwd": t[k].clone()}, "passwd|not fit"),
+     (lambda t, k: {**t, k: t[k][:1]}, "not fit"), (lambda t, k: {}, "not fit"),
+     (lambda t, k: {**t, k: t[k][None]}, "not fit")])
 def test_weights_that_are_not_weights_are_refused(intact, tmp_path, spoil, message):
     shutil.copytree(intact, tmp_path / "copy")
     path, model = tmp_path / "copy" / "adapter_model.safetensors", small_llama()
@@ -106,33 +88,22 @@ def test_weights_that_are_not_weights_are_refused(intact, tmp_path, spoil, messa
         load_adapter(model, path.parent)
     assert not any(isinstance(m, LoRALinear) for m in model.modules())
 
-
 @pytest.mark.parametrize(
     "change, named",
-    [
-        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
-        ({"use_rslora": True}, "use_rslora"),
-        ({"init_lora_weights": "olora"}, "init_lora_weights"),
-        ({"bias": "all"}, "bias"),
-        ({"of_tomorrow": 3}, "of_tomorrow"),
-        ({"lora_bias": True}, "lora_bias"),
-        ({"target_parameters": ["x"]}, "target_parameters"),
-        ({"peft_type": None}, "peft_type"),
-        ({"init_lora_weights": "eva"}, ""),
-        ({"init_lora_weights": False}, ""),
-        ({"of_tomorrow": None, "of_the_day_after": [], "use_dora": False, "alpha_pattern": {}}, ""),
-        ({"runtime_config": {"ephemeral_gpu_offload": False}, "lora_dropout": 0.1}, ""),
-        ({"target_modules": FFN + ["q_proj"]}, "not complete"),
-        ({"target_modules": ["gate_proj"]}, "not complete"),
-        ({"target_modules": None}, "not complete"),
-        ({"target_modules": r".*\.mlp\.(gate|up|down)_proj"}, ""),
-        ({"target_modules": r".*\.(q|gate|up|down)_proj"}, "not complete"),
-        ({"target_modules": "("}, "not complete"),
-        ({"target_modules": 5}, "not complete"),
-        ({"target_modules": FFN + ["q_proj"], "exclude_modules": ["q_proj"]}, ""),
-    ],
-    ids=str,
-)
+    [({"init_lora_weights": "pissa"}, "init_lora_weights"), ({"use_rslora": True}, "use_rslora"),
+     ({"init_lora_weights": "olora"}, "init_lora_weights"), ({"bias": "all"}, "bias"),
+     ({"of_tomorrow": 3}, "of_tomorrow"), ({"lora_bias": True}, "lora_bias"),
+     ({"target_parameters": ["x"]}, "target_parameters"), ({"peft_type": None}, "peft_type"),
+     ({"init_lora_weights": "eva"}, ""), ({"init_lora_weights": False}, ""),
+     ({"of_tomorrow": None, "of_the_day_after": [], "use_dora": False, "alpha_pattern": {}}, ""),
+     ({"runtime_config": {"ephemeral_gpu_offload": False}, "lora_dropout": 0.1}, ""),
+     ({"target_modules": FFN + ["q_proj"]}, "not complete"),
+     ({"target_modules": ["gate_proj"]}, "not complete"),
+     ({"target_modules": None}, "not complete"),
+     ({"target_modules": r".*\.mlp\.(gate|up|down)_proj"}, ""),
+     ({"target_modules": r".*\.(q|gate|up|down)_proj"}, "not complete"),
+     ({"target_modules": "("}, "not complete"), ({"target_modules": 5}, "not complete"),
+     ({"target_modules": FFN + ["q_proj"], "exclude_modules": ["q_proj"]}, "")], ids=str)
 def test_an_adapter_is_what_it_says_or_refused(tmp_path, change, named):
     save_adapter(trained_lora(), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -144,7 +115,6 @@ def test_an_adapter_is_what_it_says_or_refused(tmp_path, change, named):
     with pytest.raises(ValueError, match=named):
         load_adapter(model, tmp_path)
     assert not adapters.has_lora(model)
-
 
 def test_keys_without_prefix_are_read_and_none_is_thrown_away(tmp_path):
     model, (tokens, _) = trained_lora(), batch(1)
@@ -159,7 +129,6 @@ def test_keys_without_prefix_are_read_and_none_is_thrown_away(tmp_path):
     save_file({**tensors, **{k: t + 1 for k, t in bare.items()}}, path)  # which one holds?
     with pytest.raises(ValueError, match="does not fit"):
         load_adapter(small_llama(), tmp_path)
-
 
 def test_what_an_adapter_would_not_hold_is_refused(tmp_path):
     model = trained_lora()
@@ -191,13 +160,11 @@ def test_what_an_adapter_would_not_hold_is_refused(tmp_path):
     config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
     assert config["task_type"] is config["base_model_name_or_path"] is None
 
-
 def test_a_regular_expression_names_no_layer_whose_name_merely_ends_alike(tmp_path):
     def made():
         torch.manual_seed(0)
-        return nn.ModuleDict(
-            {"fc": nn.Linear(8, 8), "encoder": nn.ModuleDict({"fc": nn.Linear(8, 8)})}
-        )
+        return nn.ModuleDict({"fc": nn.Linear(8, 8),
+                              "encoder": nn.ModuleDict({"fc": nn.Linear(8, 8)})})
 
     alone = nn.ModuleDict({"fc": made()["fc"]})
     inject_lora(alone, ["fc"], 2, 4)

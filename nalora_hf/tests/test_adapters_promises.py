@@ -1,5 +1,4 @@
 """Small promises of adapter files, each of which a mutant once broke with no test failing."""
-
 import json
 
 import pytest
@@ -8,7 +7,6 @@ from safetensors.torch import save_file
 import nalora_hf
 from nalora_hf import load_adapter, save_adapter
 from nalora_hf.tests.helpers import small_llama, trained_lora
-
 
 def test_an_adapter_of_nothing_is_refused_with_nothing_changed(tmp_path):
     save_adapter(trained_lora(), tmp_path)
@@ -19,7 +17,6 @@ def test_an_adapter_of_nothing_is_refused_with_nothing_changed(tmp_path):
     with pytest.raises(ValueError, match="not complete"):
         load_adapter(model, tmp_path)
     assert all(p.requires_grad for p in model.parameters())
-
 
 def test_the_base_is_known_by_the_norms_of_first_rows(tmp_path):
     model = trained_lora()

@@ -1,5 +1,4 @@
 """NALoRA on FFNs of other kinds: fused, changed on the way, under other names, of other widths."""
-
 import math
 from types import SimpleNamespace
 
@@ -12,20 +11,8 @@ import nalora
 import nalora_hf
 from nalora import LoRALinear, NALoRAConfig
 from nalora_hf import NALoRA, adapters, families, inject_lora, lora_parameters, merge_lora
-from nalora_hf.tests.helpers import (
-    FFN,
-    OtherFFN,
-    equal,
-    lora_llama,
-    other_model,
-    other_step,
-    skip_activations,
-    small_llama,
-    snapshot,
-    start,
-    take_step,
-)
-
+from nalora_hf.tests.helpers import (FFN, OtherFFN, equal, lora_llama, other_model, other_step,
+                                     skip_activations, small_llama, snapshot, start, take_step)
 
 @pytest.mark.parametrize("change", [None, lambda z: 2 * z])
 @pytest.mark.parametrize("layout", ["gate first", "gate last", "in turns"])
@@ -49,30 +36,22 @@ def test_a_fused_layer_is_steered_as_its_unfused_twin(layout, change):
         for model, opt, _ in tools:
             other_step(model, i, opt)
     for a, b in zip(*(tool.statistics().values() for *_, tool in tools)):
-        assert (
-            torch.equal(a["mask"], b["mask"])
-            and a["mask"].sum() == 3
-            and a["scale"] == pytest.approx(b["scale"], rel=1e-5)
-            and a["scale"] != 1
-        )
+        assert (torch.equal(a["mask"], b["mask"]) and a["mask"].sum() == 3
+                and a["scale"] == pytest.approx(b["scale"], rel=1e-5) and a["scale"] != 1)
     for ffn, apart in zip(fused.layers, twin.layers):
         for rows, layer in zip(ffn.parts(), (apart.gate_proj, apart.up_proj)):
-            torch.testing.assert_close(
-                ffn.gate_up_proj.lora_B[rows], layer.lora_B, atol=1e-6, rtol=1e-5
-            )
-
+            torch.testing.assert_close(ffn.gate_up_proj.lora_B[rows], layer.lora_B, atol=1e-6,
+                                       rtol=1e-5)
 
 @pytest.mark.parametrize(
-    "change", [lambda z: z * 3, lambda z: z.reshape(10, 12).view(2, 5, 12), lambda z: z - 1]
-)
+    "change", [lambda z: z * 3, lambda z: z.reshape(10, 12).view(2, 5, 12), lambda z: z - 1])
 def test_what_the_activation_receives_is_observed(change):
     model = other_model(change=change)
     opt = torch.optim.SGD(lora_parameters(model), lr=0.1)
     tool = NALoRA(model, opt, NALoRAConfig(stride=1))
     seen = []
-    model.layers[1].act_fn.register_forward_pre_hook(
-        lambda act, inputs: seen.append(inputs[0].detach())
-    )
+    note = lambda act, inputs: seen.append(inputs[0].detach())
+    model.layers[1].act_fn.register_forward_pre_hook(note)
     other_step(model, 0, opt)
     importance = nalora.value_and_slope(F.silu, seen[0].flatten(0, 1))[1].abs().mean(0) * 0.1
     torch.testing.assert_close(tool.statistics()["layers.1"]["importance"], importance)
@@ -86,18 +65,15 @@ def test_what_the_activation_receives_is_observed(change):
     a, b = (nalora.value_and_slope(F.silu, z.flatten(0, 1))[1].abs().mean(0) for z in gates)
     torch.testing.assert_close(tool.statistics()["layers.1"]["importance"], 0.1 * (0.9 * a + b))
 
-
 def test_a_layer_that_the_activation_does_not_see_is_refused():
     model = other_model()
     for layer in model.layers:
         layer.up, layer.gate = layer._modules.pop("up_proj"), layer._modules.pop("gate_proj")
         layer.forward = lambda x, self=layer: (
-            x + self.down_proj(self.act_fn(self.gate(x)) * self.up(x))
-        )
+            x + self.down_proj(self.act_fn(self.gate(x)) * self.up(x)))
     opt = torch.optim.SGD(lora_parameters(model), lr=0.1)
     with pytest.raises(
-        ValueError, match="It is on down_proj, gate, up: name the one in front of the activation"
-    ):
+        ValueError, match="It is on down_proj, gate, up: name the one in front of the activation"):
         NALoRA(model, opt)
     tool = NALoRA(model, opt, gate="up")
     with pytest.raises(ValueError, match="does not see the output of the layer"):
@@ -105,8 +81,7 @@ def test_a_layer_that_the_activation_does_not_see_is_refused():
     tool.remove()
     for layer in model.layers:
         layer.forward = lambda x, self=layer: (
-            x + self.down_proj(self.up(x) * self.act_fn(self.gate(x)))
-        )
+            x + self.down_proj(self.up(x) * self.act_fn(self.gate(x))))
     tool = NALoRA(model, opt, gate="up")
     with pytest.raises(ValueError, match="does not see the output of the layer"):
         other_step(model, 0, opt)
@@ -124,21 +99,17 @@ def test_a_layer_that_the_activation_does_not_see_is_refused():
     with pytest.raises(ValueError, match="inject it first"):
         NALoRA(no_lora, opt)
 
-
 SHARED = nn.SiLU()
-
 
 def test_the_activation_may_be_told_or_stand_in_the_config():
     model = lora_llama()
+    model.config.hidden_act = "silu"
     for layer in model.model.layers:
         del layer.mlp.act_fn
-        layer.mlp.forward = lambda x, self=layer.mlp: self.down_proj(
-            F.silu(self.gate_proj(x)) * self.up_proj(x)
-        )
-    runs = [
-        start(NALoRAConfig(stride=1), model=m, optimizer=torch.optim.SGD)
-        for m in (lora_llama(), model)
-    ]
+        layer.mlp.forward = lambda x, self=layer.mlp: self.down_proj(F.silu(self.gate_proj(x))
+                                                                     * self.up_proj(x))
+    runs = [start(NALoRAConfig(stride=1), model=m, optimizer=torch.optim.SGD)
+            for m in (lora_llama(), model)]
     for model, opt, tool in runs:
         take_step(model, opt, 0)
     assert equal(snapshot(runs[0][0]), snapshot(model))
@@ -148,17 +119,12 @@ def test_the_activation_may_be_told_or_stand_in_the_config():
         NALoRA(model, opt)
     assert NALoRA(model, opt, act=F.gelu)._stacks[0].act is F.gelu
 
-
 def test_it_says_what_is_steered(capsys):
     model = lora_llama(["q_proj", *FFN])
     model.model.layers[1].mlp.gate_proj = model.model.layers[1].mlp.gate_proj.base_layer
     tool = NALoRA(model, torch.optim.SGD(lora_parameters(model), lr=0.1))
-    assert (
-        capsys.readouterr().out
-        == f"{tool}\n"
-        == "NALoRA steers 1 of 2 FFNs; plain LoRA on 2 q_proj, 1 up_proj, 1 down_proj.\n"
-    )
-
+    assert (capsys.readouterr().out == f"{tool}\n"
+            == "NALoRA steers 1 of 2 FFNs; plain LoRA on 2 q_proj, 1 up_proj, 1 down_proj.\n")
 
 def test_the_token_mask_of_a_text_leaves_another_tower_alone():
     model = nn.Module()
@@ -175,25 +141,17 @@ def test_the_token_mask_of_a_text_leaves_another_tower_alone():
             x = layer(x)
         x.square().mean().backward()
     tool._add_up()
-    seen = {
-        name: stack.sums.tokens[i].item()
-        for stack in tool._stacks
-        for i, name in enumerate(stack.names)
-    }
+    seen = {name: stack.sums.tokens[i].item() for stack in tool._stacks
+            for i, name in enumerate(stack.names)}
     assert seen == {"text.0": 5, "text.1": 5, "vision.0": 9}
-
 
 def test_ffns_of_different_width_and_activation_are_steered_side_by_side():
     """Each as if it were alone, though those alike stand stacked; also where a pass skips it."""
-
     class FFN(nn.Module):
         def __init__(self, width, act):
             super().__init__()
             self.gate_proj, self.up_proj, self.down_proj = (
-                nn.Linear(8, width),
-                nn.Linear(8, width),
-                nn.Linear(width, 8),
-            )
+                nn.Linear(8, width), nn.Linear(8, width), nn.Linear(width, 8))
             self.act_fn = act
 
         def forward(self, x):
@@ -209,17 +167,9 @@ def test_ffns_of_different_width_and_activation_are_steered_side_by_side():
 
     def run(chosen):
         torch.manual_seed(0)
-        ffns = [
-            FFN(12, F.silu),
-            FFN(20, F.silu),
-            FFN(12, F.gelu),
-            FFN(12, F.silu),
-            FFN(12, Swish(0.7)),
-            FFN(12, Swish(2.0)),
-            FFN(12, Swish(0.7)),
-            FFN(12, Swish(torch.tensor(0.5))),
-            FFN(12, Swish(torch.tensor(0.50001))),
-        ]
+        ffns = [FFN(12, F.silu), FFN(20, F.silu), FFN(12, F.gelu), FFN(12, F.silu),
+                FFN(12, Swish(0.7)), FFN(12, Swish(2.0)), FFN(12, Swish(0.7)),
+                FFN(12, Swish(torch.tensor(0.5))), FFN(12, Swish(torch.tensor(0.50001)))]
         model = nn.ModuleList(ffns)
         inject_lora(model, ["gate_proj", "up_proj", "down_proj"], rank=2)
         start(None, model)
@@ -238,10 +188,8 @@ def test_ffns_of_different_width_and_activation_are_steered_side_by_side():
     assert stacks == 7
     for i in range(9):
         for key, value in run([i])[1][str(i)].items():
-            torch.testing.assert_close(
-                torch.as_tensor(together[str(i)][key]), torch.as_tensor(value), msg=f"{key} of {i}"
-            )
-
+            torch.testing.assert_close(torch.as_tensor(together[str(i)][key]),
+                                       torch.as_tensor(value), msg=f"{key} of {i}")
 
 def test_flattened_parameters_are_refused():
     model = lora_llama()
@@ -251,7 +199,6 @@ def test_flattened_parameters_are_refused():
     with pytest.raises(ValueError, match="use FSDP2's fully_shard"):
         NALoRA(model, opt)
 
-
 def test_a_fused_layer_may_see_no_token_at_first():
     model = other_model("gate last")
     opt = torch.optim.SGD(lora_parameters(model), lr=0.1)
@@ -259,7 +206,6 @@ def test_a_fused_layer_may_see_no_token_at_first():
     model.forward(torch.randn(0, 5, 8)).square().sum().backward()
     other_step(model, 0, opt)
     assert torch.equal(tool._stacks[0].rows, torch.arange(12, 24))
-
 
 def test_the_token_mask_of_an_encoder_decoder_is_the_encoders():
     model = nn.Module()
@@ -277,17 +223,12 @@ def test_the_token_mask_of_an_encoder_decoder_is_the_encoders():
     tool._add_up()
     (stack,) = tool._stacks
     assert dict(zip(stack.names, stack.sums.tokens.tolist())) == {
-        "encoder.block.0": 5,
-        "encoder.block.1": 5,
-        "decoder.block.0": 10,
-    }
-
+        "encoder.block.0": 5, "encoder.block.1": 5, "decoder.block.0": 10}
 
 def test_lora_put_into_a_model_that_evaluates_evaluates():
     model = small_llama().eval()
     inject_lora(model, FFN, 4, 8)
     assert not any(m.training for m in model.modules())
-
 
 def test_a_layer_at_two_places_is_refused():
     shared = nn.Linear(8, 8)
@@ -304,16 +245,13 @@ def test_a_layer_at_two_places_is_refused():
         merge_lora(model)
     assert torch.equal(shared.weight, before)
 
-
 def test_code_that_asks_for_weight_and_bias_finds_lora_in_them():
     torch.manual_seed(0)
     encoder = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0)
     attention = nn.MultiheadAttention(32, 4, batch_first=True)
     x = torch.randn(2, 5, 32)
-    for model, targets, call in (
-        (encoder, ["linear1", "linear2"], lambda: encoder(x)),
-        (attention, ["out_proj"], lambda: attention(x, x, x)[0]),
-    ):
+    for model, targets, call in ((encoder, ["linear1", "linear2"], lambda: encoder(x)),
+                                 (attention, ["out_proj"], lambda: attention(x, x, x)[0])):
         plain = call().detach()
         inject_lora(model, targets, 4, 8)
         for p in lora_parameters(model):
@@ -329,14 +267,12 @@ def test_code_that_asks_for_weight_and_bias_finds_lora_in_them():
         assert (layer.in_features, layer.out_features) == layer.base_layer.weight.shape[::-1]
         assert layer.bias is layer.base_layer.bias
 
-
 def test_a_merged_weight_is_rounded_once():
     torch.manual_seed(0)
-    layer = LoRALinear(nn.Linear(32, 48).bfloat16(), 4, 8)
+    layer = adapters.LoRALinear(nn.Linear(32, 48).bfloat16(), 4, 8)
     nn.init.normal_(layer.lora_B, std=0.2)
     whole = layer.base_layer.weight.float() + 2 * (layer.lora_B @ layer.lora_A)
     assert torch.equal(layer.weight, whole.bfloat16())
-
 
 def test_the_config_of_an_ffn_goes_before_the_models():
     ffn = OtherFFN()
@@ -344,7 +280,6 @@ def test_the_config_of_an_ffn_goes_before_the_models():
     ffn.config = SimpleNamespace(hidden_act="gelu")
     act = families.activation(ffn, SimpleNamespace(hidden_act="silu"))
     assert torch.equal(act(torch.ones(3)), F.gelu(torch.ones(3)))
-
 
 def test_a_module_at_two_depths_has_the_name_that_torch_gives_it():
     model = nn.ModuleDict({"deep": nn.Sequential(nn.Linear(2, 2))})

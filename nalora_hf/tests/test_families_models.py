@@ -1,5 +1,4 @@
 """NALoRA on models and trainers of transformers, PEFT and Accelerate, which are extras."""
-
 import copy
 import json
 import math
@@ -12,28 +11,16 @@ from safetensors.torch import load_file
 
 from nalora import NALoRAConfig
 from nalora_hf import NALoRA, NALoRACallback, families, inject_lora, save_adapter
-from nalora_hf.tests.helpers import (
-    FAMILIES,
-    FFN,
-    batch,
-    equal,
-    family,
-    hf_step,
-    pairs_of,
-    peft_llama,
-    snapshot,
-    wake,
-)
+from nalora_hf.tests.helpers import (FAMILIES, FFN, batch, equal, family, hf_step, pairs_of,
+                                     peft_llama, snapshot, wake)
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_interop_nalora_is_the_same_under_our_lora_and_pefts(name):
     from peft import LoraConfig, get_peft_model
-
     ours, theirs = family(name), family(name)
     inject_lora(ours, ["q_proj", *FFN], rank=4, alpha=8)
     theirs = get_peft_model(theirs, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", *FFN]))
@@ -47,19 +34,13 @@ def test_interop_nalora_is_the_same_under_our_lora_and_pefts(name):
         tools.append(tool)
     a, b = (list(tool.statistics().values()) for tool in tools)
     for x, y in zip(a, b):
-        assert (
-            torch.equal(x["mask"], y["mask"])
-            and x["mask"].sum() == 12
-            and x["k_hat"] == pytest.approx(y["k_hat"], rel=1e-4)
-            and 0.5 <= x["scale"] <= 2
-        )
+        assert (torch.equal(x["mask"], y["mask"]) and x["mask"].sum() == 12
+                and x["k_hat"] == pytest.approx(y["k_hat"], rel=1e-4) and 0.5 <= x["scale"] <= 2)
     for p, q in zip(pairs_of(ours), pairs_of(theirs)):
         torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
 
-
 def test_interop_several_peft_adapters(tmp_path):
     from peft import LoraConfig, get_peft_model
-
     model = get_peft_model(family("Llama"), LoraConfig(r=4, target_modules=FFN))
     model.add_adapter("second", LoraConfig(r=2, target_modules=FFN))
     model.set_adapter("second")
@@ -76,60 +57,38 @@ def test_interop_several_peft_adapters(tmp_path):
     with pytest.warns(UserWarning, match="Other adapters are active"):
         hf_step(model, opt, 3)
 
-
 def test_interop_ffns_without_a_gate_and_fused_ones():
     import transformers
     from peft import LoraConfig, get_peft_model
-
-    gpt2 = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64)
-    )
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=61, n_embd=32, n_layer=2,
+                                                                n_head=4, n_positions=64))
     gpt2 = get_peft_model(
-        gpt2, LoraConfig(r=4, target_modules=["mlp.c_fc", "mlp.c_proj"], fan_in_fan_out=True)
-    )
+        gpt2, LoraConfig(r=4, target_modules=["mlp.c_fc", "mlp.c_proj"], fan_in_fan_out=True))
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "image_size": 16, "patch_size": 8}
     vision = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**sizes))
     inject_lora(vision, ["fc1", "fc2"], rank=4, alpha=8)
     vit = transformers.ViTModel(transformers.ViTConfig(**sizes))
-    inject_lora(
-        vit,
-        ["fc1", "fc2"]
-        if any(n.endswith("fc1") for n, _ in vit.named_modules())
-        else ["intermediate.dense"],
-        rank=4,
-        alpha=8,
-    )
-    for model, gate, inputs in (
-        (gpt2, "c_fc", {"input_ids": batch(0)[0]}),
-        (vision, "fc1", {"pixel_values": torch.randn(2, 3, 16, 16)}),
-        (
-            vit,
-            "fc1"
-            if any(n.endswith("fc1") for n, _ in vit.named_modules())
-            else "intermediate.dense",
-            {"pixel_values": torch.randn(2, 3, 16, 16)},
-        ),
-    ):
+    fc1 = any(name.endswith("fc1") for name, _ in vit.named_modules())
+    inject_lora(vit, ["fc1", "fc2"] if fc1 else ["intermediate.dense"], rank=4, alpha=8)
+    for model, gate, inputs in ((gpt2, "c_fc", {"input_ids": batch(0)[0]}),
+                                (vision, "fc1", {"pixel_values": torch.randn(2, 3, 16, 16)}),
+                                (vit, "fc1" if fc1 else "intermediate.dense",
+                                 {"pixel_values": torch.randn(2, 3, 16, 16)})):
         opt = torch.optim.AdamW(wake(pairs_of(model)), lr=1e-2)
         with pytest.raises(ValueError, match="name the one in front of the activation with gate="):
             NALoRA(model, opt)
         tool = NALoRA(model.train(), opt, NALoRAConfig(stride=1, keep=0.25), gate=gate)
         gates = {
             name: families.lora_pairs(model.get_submodule(f"{name}.{gate.split('.')[-1]}"))[0][1]
-            for name in tool.statistics()
-        }
+            for name in tool.statistics()}
         before = {name: B.detach().clone() for name, B in gates.items()}
         model(**inputs)[0].square().mean().backward()
         opt.step()
         assert len(gates) == 2
         for name, s in tool.statistics().items():
-            assert (
-                torch.equal((gates[name] != before[name]).any(1), s["mask"])
-                and s["mask"].float().mean() == 0.25
-                and math.isfinite(s["k_hat"])
-            )
-
+            assert (torch.equal((gates[name] != before[name]).any(1), s["mask"])
+                    and s["mask"].float().mean() == 0.25 and math.isfinite(s["k_hat"]))
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_interop_gradient_checkpointing_changes_nothing(reentrant):
@@ -147,19 +106,14 @@ def test_interop_gradient_checkpointing_changes_nothing(reentrant):
     (a, s), (b, t) = results
     assert a == pytest.approx(b, rel=1e-5)
     for x, y in zip(s, t):
-        assert (
-            torch.equal(x["mask"], y["mask"])
-            and x["k_hat"] == pytest.approx(y["k_hat"], rel=1e-5)
-            and x["occupancy"] == pytest.approx(y["occupancy"])
-        )
-
+        assert (torch.equal(x["mask"], y["mask"])
+                and x["k_hat"] == pytest.approx(y["k_hat"], rel=1e-5)
+                and x["occupancy"] == pytest.approx(y["occupancy"]))
 
 def test_interop_trainer_and_its_resume(tmp_path):
     from transformers import Trainer, TrainerCallback, TrainingArguments
-
-    data = [
-        {"input_ids": batch(i, (1, 15))[0][0], "labels": batch(i, (1, 15))[0][0]} for i in range(24)
-    ]
+    data = [{"input_ids": batch(i, (1, 15))[0][0], "labels": batch(i, (1, 15))[0][0]}
+            for i in range(24)]
 
     class Interrupt(TrainerCallback):
         def on_step_end(self, arguments, state, control, **kwargs):
@@ -168,24 +122,13 @@ def test_interop_trainer_and_its_resume(tmp_path):
 
     def train(folder, steps, resume=None, method=True, interrupted=None):
         keep = NALoRACallback(NALoRAConfig(stride=1, keep=0.25))
-        arguments = TrainingArguments(
-            str(folder),
-            max_steps=steps,
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=2,
-            learning_rate=1e-2,
-            save_steps=3,
-            lr_scheduler_type="constant",
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-            seed=0,
-            logging_steps=100,
-            dataloader_pin_memory=False,
-        )
-        trainer = Trainer(
-            peft_llama(), arguments, train_dataset=data, callbacks=[keep] if method else []
-        )
+        arguments = TrainingArguments(str(folder), max_steps=steps, per_device_train_batch_size=2,
+                                      gradient_accumulation_steps=2, learning_rate=1e-2,
+                                      save_steps=3, lr_scheduler_type="constant", report_to=[],
+                                      use_cpu=True, disable_tqdm=True, seed=0, logging_steps=100,
+                                      dataloader_pin_memory=False)
+        trainer = Trainer(peft_llama(), arguments, train_dataset=data,
+                          callbacks=[keep] if method else [])
         if interrupted:
             weights = copy.deepcopy(trainer.model.state_dict())
             trainer.add_callback(Interrupt)
@@ -203,18 +146,15 @@ def test_interop_trainer_and_its_resume(tmp_path):
     whole, s = train(tmp_path / "whole", 6)
     train(tmp_path / "cut", 3)
     resumed, t = train(tmp_path / "elsewhere", 6, resume=str(tmp_path / "cut" / "checkpoint-3"))
-    assert equal(whole, resumed) and all(
-        torch.equal(s[name]["importance"], t[name]["importance"]) for name in s
-    )
+    assert equal(whole, resumed) and all(torch.equal(s[name]["importance"], t[name]["importance"])
+                                         for name in s)
     assert all(x["mask"].sum() == 12 and 0.5 <= x["scale"] <= 2 for x in s.values())
     assert not equal(whole, train(tmp_path / "plain", 6, method=False)[0])
     for how in ("begins again", "goes on"):
         assert equal(whole, train(tmp_path / how, 6, interrupted=how)[0])
 
-
 def test_interop_accelerate():
     from accelerate import Accelerator
-
     results = []
     for accelerated in (False, True):
         model = peft_llama()
@@ -227,39 +167,25 @@ def test_interop_accelerate():
         NALoRA(model.train(), opt, NALoRAConfig(stride=1, keep=0.25))
         for i in range(3):
             tokens, targets = batch(i)
-            backward(
-                F.cross_entropy(model(input_ids=tokens).logits.flatten(0, 1), targets.flatten())
-            )
+            backward(F.cross_entropy(model(input_ids=tokens).logits.flatten(0, 1),
+                                     targets.flatten()))
             opt.step(), opt.zero_grad()
         results.append(snapshot(model))
     assert equal(*results)
 
-
 def test_interop_an_adapter_of_a_transformers_model_is_what_peft_and_vllm_read(tmp_path):
     from peft import PeftModel
-
     model, (tokens, _) = family("Qwen2").eval(), batch(1)
     inject_lora(model, ["q_proj", *FFN], rank=4, alpha=8)
     wake(pairs_of(model))
     save_adapter(model, tmp_path)
-    keys, config = (
-        load_file(tmp_path / "adapter_model.safetensors"),
-        json.loads((tmp_path / "adapter_config.json").read_text()),
-    )
-    assert all(
-        re.fullmatch(
-            r"base_model\.model\.model\.layers\.\d\."
-            r"(self_attn\.q_proj|mlp\.(gate|up|down)_proj)\.lora_[AB]\.weight",
-            key,
-        )
-        for key in keys
-    )
-    assert (
-        len(keys) == 16
-        and config["r"] == 4
-        and config["lora_alpha"] == 8
-        and config["task_type"] == "CAUSAL_LM"
-        and {t.shape[0] if "lora_A" in k else t.shape[1] for k, t in keys.items()} == {4}
-    )
+    keys, config = (load_file(tmp_path / "adapter_model.safetensors"),
+                    json.loads((tmp_path / "adapter_config.json").read_text()))
+    assert all(re.fullmatch(r"base_model\.model\.model\.layers\.\d\."
+                            r"(self_attn\.q_proj|mlp\.(gate|up|down)_proj)\.lora_[AB]\.weight", key)
+               for key in keys)
+    assert (len(keys) == 16 and config["r"] == 4 and config["lora_alpha"] == 8
+            and config["task_type"] == "CAUSAL_LM"
+            and {t.shape[0] if "lora_A" in k else t.shape[1] for k, t in keys.items()} == {4})
     theirs = PeftModel.from_pretrained(family("Qwen2"), tmp_path).eval()
     torch.testing.assert_close(theirs(tokens).logits, model(tokens).logits, atol=1e-5, rtol=1e-5)

@@ -1,7 +1,5 @@
 """What the survey of transformers' families found is what MODELS.md and README.md say."""
-
 from nalora_hf import read_json, survey
-
 
 def test_the_families_in_the_documents_are_those_of_the_survey():
     rows = read_json(survey.PACKAGE / "MODELS.json")
@@ -10,8 +8,6 @@ def test_the_families_in_the_documents_are_those_of_the_survey():
     outcomes = [row["outcome"] for row in rows.values()]
     assert outcomes.count("steered") >= 80 and "wrong" not in outcomes
     text = (survey.PACKAGE / "README.md").read_text(encoding="utf-8")
-    assert (
-        f"Of the {len(rows)} causal language models" in text
-        and f"{outcomes.count('steered')} gated ones" in text
-        and f"So are {outcomes.count('ungated')} without a gate" in text
-    )
+    assert (f"Of the {len(rows)} causal language models" in text
+            and f"{outcomes.count('steered')} gated ones" in text
+            and f"So are {outcomes.count('ungated')} without a gate" in text)

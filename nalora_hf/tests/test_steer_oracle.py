@@ -1,7 +1,6 @@
 """NALoRA agrees with an independent oracle: two gated FFNs in slow NumPy float64, written from the
 docstring of nalora.py's first version and sharing no code with it. `w` maps the torch model's
 parameter names to arrays."""
-
 import functools
 
 import numpy as np
@@ -15,35 +14,22 @@ from nalora_hf import NALoRA, inject_lora, lora_parameters
 
 TOKENS, WIDTH, CHANNELS, RANK, ALPHA = 12, 4, 7, 2, 5
 LR, DECAY, BETA1, BETA2, EPS = 1e-2, 0.1, 0.9, 0.999, 1e-8
-DEFAULTS = {
-    "mask": "derivative",
-    "keep": 0.5,
-    "scale": "homogeneity",
-    "budget": "raw",
-    "score": "phi_prime",
-    "ema": 0.9,
-}
-SHAPES = {
-    "gate_proj": (WIDTH, CHANNELS),
-    "up_proj": (WIDTH, CHANNELS),
-    "down_proj": (CHANNELS, WIDTH),
-}
-
+DEFAULTS = {"mask": "derivative", "keep": 0.5, "scale": "homogeneity", "budget": "raw",
+            "score": "phi_prime", "ema": 0.9}
+SHAPES = {"gate_proj": (WIDTH, CHANNELS), "up_proj": (WIDTH, CHANNELS),
+          "down_proj": (CHANNELS, WIDTH)}
 
 def silu(z):
     """rho, rho', phi, phi' at z."""
     rho = 1 / (1 + np.exp(-z))
     return rho, rho * (1 - rho), z * rho, rho + z * rho * (1 - rho)
 
-
 def gates_and_gradients(w, x, target):
     """({FFN: z (tokens, channels)}, {LoRA parameter: gradient of mean (x - target)^2}) of
     x <- x + FFN(x), twice."""
     names = [f"{i}.{projection}" for i in "01" for projection in SHAPES]
-    W = {
-        n: w[f"{n}.base_layer.weight"] + ALPHA / RANK * w[f"{n}.lora_B"] @ w[f"{n}.lora_A"]
-        for n in names
-    }
+    W = {n: w[f"{n}.base_layer.weight"] + ALPHA / RANK * w[f"{n}.lora_B"] @ w[f"{n}.lora_A"]
+         for n in names}
     seen = {}
     for i in "01":
         z = x @ W[f"{i}.gate_proj"].T
@@ -66,17 +52,14 @@ def gates_and_gradients(w, x, target):
     dB = {f"{n}.lora_B": ALPHA / RANK * dW[n] @ w[f"{n}.lora_A"].T for n in names}
     return {i: z for i, (_, z, _) in seen.items()}, dA | dB
 
-
 def adamw_step(p, g, moments, t):
     moments[:] = BETA1 * moments[0] + (1 - BETA1) * g, BETA2 * moments[1] + (1 - BETA2) * g * g
     mean = moments[0] / (1 - BETA1**t)
     square = moments[1] / (1 - BETA2**t)
     return -LR * DECAY * p - LR * mean / (np.sqrt(square) + EPS)
 
-
 def oracle_score(c, v):
     return abs(silu(v)[3]) if c["score"] == "phi_prime" else silu(max(abs(v), 1e-3))[1]
-
 
 def oracle_decide(c, gates, stats):
     """Brings `stats` up to date with the gates of this step's forward pass."""
@@ -101,7 +84,6 @@ def oracle_decide(c, gates, stats):
         a, b = a / np.sqrt(a * b), b / np.sqrt(a * b)
     stats["0"]["scale"], stats["1"]["scale"] = a, b
 
-
 def oracle_step(c, w, moments, stats, t, x, target):
     gates, grads = gates_and_gradients(w, x, target)
     oracle_decide(c, gates, stats)
@@ -113,30 +95,19 @@ def oracle_step(c, w, moments, stats, t, x, target):
             step *= (rows / rows.mean() if c["budget"] == "neutral" else rows)[:, None]
         w[name] += s["scale"] * step
 
-
-@pytest.mark.parametrize(
-    "changes, bias, scales",
-    [
-        ({}, 0, []),
-        ({"mask": "none"}, 0, []),
-        ({"scale": "none"}, 0, [1]),
-        ({}, -20, [1]),
-        ({}, -1.3, [1, 2]),
-    ],
-)
+@pytest.mark.parametrize("changes, bias, scales",
+                         [({}, 0, []), ({"mask": "none"}, 0, []), ({"scale": "none"}, 0, [1]),
+                          ({}, -20, [1]), ({}, -1.3, [1, 2])])
 def test_nalora_agrees_with_the_oracle(changes, bias, scales):
     """bias shifts FFN 0's gates: -20 leaves no two regimes; -1.3 does at times and has k_hat < 1/2
     at others (`scales`)."""
     config = NALoRAConfig(stride=1, **changes)
     agrees_with_the_oracle(functools.partial(NALoRA, config=config), changes, bias, scales)
 
-
 def agrees_with_the_oracle(steer, changes, bias, scales):
     torch.manual_seed(0)
-    model = nn.ModuleList(
-        nn.ModuleDict({n: nn.Linear(*shape, bias=False) for n, shape in SHAPES.items()})
-        for _ in "01"
-    )
+    model = nn.ModuleList(nn.ModuleDict({n: nn.Linear(*shape, bias=False)
+                                         for n, shape in SHAPES.items()}) for _ in "01")
     model[0].act_fn = model[1].act_fn = F.silu
     inject_lora(model, list(SHAPES), RANK, ALPHA)
     for name, p in model.double().named_parameters():
@@ -146,9 +117,8 @@ def agrees_with_the_oracle(steer, changes, bias, scales):
     moments = {name: np.zeros((2, *p.shape)) for name, p in w.items()}
     seen = set()
     stats = {i: {"importance": np.zeros(CHANNELS), "mask": np.ones(CHANNELS, bool)} for i in "01"}
-    optimizer = torch.optim.AdamW(
-        lora_parameters(model), lr=LR, betas=(BETA1, BETA2), eps=EPS, weight_decay=DECAY
-    )
+    optimizer = torch.optim.AdamW(lora_parameters(model), lr=LR, betas=(BETA1, BETA2), eps=EPS,
+                                  weight_decay=DECAY)
     tool = steer(model, optimizer)
     same = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-10)
     for t in range(1, 11):

@@ -1,5 +1,4 @@
 """Which passes and steps count: thrown away, computed twice, of copies, of other optimizers."""
-
 import copy
 import gc
 import io
@@ -13,18 +12,8 @@ import torch.nn as nn
 
 from nalora import NALoRAConfig
 from nalora_hf import NALoRA, lora_parameters
-from nalora_hf.tests.helpers import (
-    batch,
-    checkpointed,
-    ends_alike,
-    equal,
-    lora_llama,
-    snapshot,
-    start,
-    state_of,
-    take_step,
-)
-
+from nalora_hf.tests.helpers import (batch, checkpointed, ends_alike, equal, lora_llama, snapshot,
+                                     start, state_of, take_step)
 
 @pytest.mark.parametrize("other", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize("fused", [False, True])
@@ -48,7 +37,6 @@ def test_it_warns_when_the_optimizer_it_was_given_is_not_the_one_that_steps(othe
         tool.remove()
         take_step(model, other, 40)
 
-
 def test_a_forgotten_nalora_is_freed():
     model, opt, tool = start(NALoRAConfig())
     take_step(model, opt, 0)
@@ -56,7 +44,6 @@ def test_a_forgotten_nalora_is_freed():
     del model, opt, tool
     gc.collect()
     assert [x() for x in held] == [None] * 4
-
 
 def test_an_optimizer_that_evaluates_a_closure_is_no_reason_to_warn(recwarn):
     model, opt, tool = start(NALoRAConfig(), optimizer=torch.optim.LBFGS, max_iter=3)
@@ -68,10 +55,8 @@ def test_an_optimizer_that_evaluates_a_closure_is_no_reason_to_warn(recwarn):
         return loss
 
     opt.step(closure), opt.step(closure)
-    assert tool.state_dict()["steps"] == 2 and not [
-        w for w in recwarn if "NALoRA" in str(w.message)
-    ]
-
+    assert tool.state_dict()["steps"] == 2
+    assert not [w for w in recwarn if "NALoRA" in str(w.message)]
 
 @pytest.mark.parametrize("kind", ["zero_grad", "zeros in place", "GradScaler", "no backward"])
 def test_a_pass_whose_gradients_are_thrown_away_leaves_nothing(kind):
@@ -94,7 +79,6 @@ def test_a_pass_whose_gradients_are_thrown_away_leaves_nothing(kind):
         states.append(state_of(tool))
     assert equal(*states)
 
-
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_recomputation_sees_the_mask_and_the_tokens_of_its_own_pass(reentrant):
     states = []
@@ -111,11 +95,9 @@ def test_recomputation_sees_the_mask_and_the_tokens_of_its_own_pass(reentrant):
             opt.step()
             opt.zero_grad()
         states.append(state_of(tool))
-    assert all(
-        torch.allclose(states[0][k].float(), states[1][k].float(), rtol=1e-5) for k in states[0]
-    )
+    assert all(torch.allclose(states[0][k].float(), states[1][k].float(), rtol=1e-5)
+               for k in states[0])
     assert not torch.isnan(states[0]["model.layers.0.mlp/k_hat"])
-
 
 def test_a_copy_of_a_steered_model_disturbs_nothing_and_says_that_it_is_not_steered():
     ends = []
@@ -141,7 +123,6 @@ def test_a_copy_of_a_steered_model_disturbs_nothing_and_says_that_it_is_not_stee
         ends.append({**snapshot(model), **state_of(tool)})
     assert equal(*ends)
 
-
 def test_a_cast_after_nalora_was_made_is_followed():
     model, opt, tool = start(NALoRAConfig(stride=1, keep=0.25))
     model.double()
@@ -150,7 +131,6 @@ def test_a_cast_after_nalora_was_made_is_followed():
     for name, s in tool.statistics().items():
         moved = snapshot(model)[f"{name}.gate_proj.lora_B"] != before[f"{name}.gate_proj.lora_B"]
         assert torch.equal(moved.any(1), s["mask"])
-
 
 @pytest.mark.parametrize("reentrant", [None, True, False])
 @pytest.mark.parametrize("shape", [(4, 15), (2, 6)])
@@ -178,7 +158,6 @@ def test_a_pass_without_gradients_in_train_mode_leaves_no_trace(reentrant, shape
         states.append({**state_of(tool), **snapshot(model)})
     assert equal(*states)
 
-
 def test_an_optimizer_that_steps_during_backward_is_noticed():
     model = lora_llama()
     parameters = lora_parameters(model)
@@ -189,7 +168,6 @@ def test_an_optimizer_that_steps_during_backward_is_noticed():
     model(*batch(0))[1].backward()
     with pytest.warns(UserWarning, match="no backward pass reach a gate before this step"):
         model(*batch(1))[1].backward()
-
 
 def test_activations_that_work_in_place_are_observed():
     states = []
@@ -202,7 +180,6 @@ def test_activations_that_work_in_place_are_observed():
             take_step(model, opt, i)
         states.append({**state_of(tool), **snapshot(model)})
     assert equal(*states)
-
 
 def test_passes_that_are_never_trained_on_do_not_count_in_the_next_step():
     def run(extra):
@@ -217,7 +194,6 @@ def test_passes_that_are_never_trained_on_do_not_count_in_the_next_step():
 
     ends_alike(run)
 
-
 def test_tokens_are_numbered_on_after_recomputation():
     def run(again):
         model = checkpointed(lora_llama(), True) if again else lora_llama()
@@ -227,7 +203,6 @@ def test_tokens_are_numbered_on_after_recomputation():
         return model, opt, tool
 
     ends_alike(run, exactly=False)
-
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_checkpoints_may_be_nested(depth):
@@ -241,7 +216,6 @@ def test_checkpoints_may_be_nested(depth):
 
     ends_alike(run, exactly=False)
 
-
 def test_a_microbatch_whose_gradients_were_clipped_counts():
     def run(clipped):
         model, opt, tool = start(NALoRAConfig(stride=1))
@@ -253,7 +227,6 @@ def test_a_microbatch_whose_gradients_were_clipped_counts():
 
     ends_alike(run)
 
-
 def test_a_microbatch_whose_gradients_are_all_zero_counts():
     def run(weight):
         model, opt, tool = start(NALoRAConfig(stride=1))
@@ -262,7 +235,6 @@ def test_a_microbatch_whose_gradients_are_all_zero_counts():
         return model, opt, tool
 
     ends_alike(run)
-
 
 def test_passes_through_an_inner_module_without_gradients_leave_no_trace():
     class Wrapper(nn.Module):
@@ -284,7 +256,6 @@ def test_passes_through_an_inner_module_without_gradients_leave_no_trace():
 
     ends_alike(run)
 
-
 @pytest.mark.parametrize("trained", ["both", "the first"])
 def test_recomputed_passes_are_recognised_whatever_their_order(trained):
     def run(again):
@@ -301,11 +272,9 @@ def test_recomputed_passes_are_recognised_whatever_their_order(trained):
 
     ends_alike(run, exactly=False)
 
-
 @pytest.mark.parametrize("where", ["backward", "step"])
 def test_an_error_that_is_caught_leaves_nothing(where):
     """As in a loop that goes on after memory did not suffice."""
-
     class Fails(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -333,10 +302,8 @@ def test_an_error_that_is_caught_leaves_nothing(where):
 
     ends_alike(run)
 
-
 def test_a_new_nalora_takes_the_place_of_an_old_one():
     """As when a notebook's cell is run again."""
-
     def run(twice):
         model, opt, tool = start(NALoRAConfig(stride=1))
         if twice:
@@ -351,7 +318,6 @@ def test_a_new_nalora_takes_the_place_of_an_old_one():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ends_alike(run)
-
 
 def test_parameters_that_are_not_a_number_are_not_those_of_another_optimizer():
     model, opt, tool = start(NALoRAConfig())

@@ -1,7 +1,6 @@
 """Beside transformers and PEFT: our Llama is theirs, our LoRA is PEFT's, and so are our adapters.
 
 The packages are extras: without them nothing here is collected."""
-
 import os
 import re
 from pathlib import Path
@@ -12,92 +11,61 @@ import torch
 import torch.nn.functional as F
 
 import nalora_hf
-from nalora import Llama
+from nalora import Llama, value_and_slope
 from nalora_hf import load_adapter, save_adapter
-from nalora_hf.tests.helpers import (
-    FFN,
-    batch,
-    equal,
-    family,
-    hf_step,
-    lora_llama,
-    peft_llama,
-    small_llama,
-    snapshot,
-    start,
-    take_step,
-    trained_lora,
-)
+from nalora_hf.tests.helpers import (FFN, batch, equal, family, hf_step, lora_llama, peft_llama,
+                                     save_llama, small_llama, snapshot, start, take_step,
+                                     trained_lora)
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 
-
 @pytest.mark.parametrize("seed", range(8))
 def test_interop_transformers_gives_our_logits_and_our_greedy_text(tmp_path, seed):
     from transformers import AutoModelForCausalLM
-
     rng = np.random.default_rng(seed)
     heads = int(rng.choice([2, 4, 6]))
     changes = {
         "num_attention_heads": heads,
         "num_key_value_heads": int(rng.choice([k for k in (1, 2, 3, heads) if heads % k == 0])),
-        "hidden_size": 48,
-        "head_dim": int(rng.choice([4, 8, 12])),
+        "hidden_size": 48, "head_dim": int(rng.choice([4, 8, 12])),
         "rope_theta": float(rng.choice([1e2, 1e4, 5e5])),
-        "tie_word_embeddings": bool(rng.integers(2)),
-        "hidden_act": str(rng.choice(["silu", "gelu", "gelu_pytorch_tanh"])),
-    }
+        "tie_word_embeddings": bool(rng.integers(2))}
     ours, (tokens, _) = small_llama(**changes).eval(), batch(0, (3, int(rng.integers(1, 40))))
-    ours.save_pretrained(tmp_path)
+    save_llama(ours, tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     torch.testing.assert_close(theirs(tokens).logits, ours(tokens)[0], atol=1e-5, rtol=1e-5)
-    text = theirs.generate(
-        tokens,
-        attention_mask=torch.ones_like(tokens),
-        max_new_tokens=12,
-        do_sample=False,
-        eos_token_id=10**6,
-        pad_token_id=0,
-    )
-    assert torch.equal(text, ours.generate(tokens, 12))
+    text = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=12,
+                           do_sample=False, eos_token_id=10**6, pad_token_id=0)
+    assert torch.equal(text, ours.generate(tokens, 12, stop=-1))
     theirs.save_pretrained(tmp_path / "theirs")
     assert equal(Llama.from_pretrained(tmp_path / "theirs").state_dict(), ours.state_dict())
-
 
 def test_interop_peft_loads_our_adapter_and_we_load_theirs(tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
-
-    small_llama().save_pretrained(tmp_path / "base")
+    save_llama(small_llama(), tmp_path / "base")
     model, (tokens, _) = trained_lora(["q_proj", *FFN]), batch(1)
     save_adapter(model, tmp_path / "ours", base_model=str(tmp_path / "base"))
-    theirs = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32),
-        tmp_path / "ours",
-    ).eval()
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base",
+                                                                            dtype=torch.float32),
+                                       tmp_path / "ours").eval()
     torch.testing.assert_close(theirs(tokens).logits, model(tokens)[0], atol=1e-5, rtol=1e-5)
     theirs.save_pretrained(tmp_path / "theirs")
     again = small_llama()
     load_adapter(again, tmp_path / "theirs")
     torch.testing.assert_close(again(tokens)[0], model(tokens)[0], atol=0, rtol=0)
 
-
 def test_interop_twenty_steps_of_lora_agree_with_peft(tmp_path):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
-
-    small_llama().save_pretrained(tmp_path)
+    save_llama(small_llama(), tmp_path)
     ours, opt, _ = start(None, lora_llama(["q_proj", *FFN]), weight_decay=0.1)
-    theirs = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32),
-        LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", *FFN]),
-    )
-    pairs = {
-        name: theirs.get_parameter(f"base_model.model.{name}.default.weight")
-        for name in snapshot(ours)
-    }
+    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32),
+                            LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", *FFN]))
+    pairs = {name: theirs.get_parameter(f"base_model.model.{name}.default.weight")
+             for name in snapshot(ours)}
     with torch.no_grad():
         for name, p in pairs.items():
             p.copy_(ours.get_parameter(name))
@@ -110,12 +78,10 @@ def test_interop_twenty_steps_of_lora_agree_with_peft(tmp_path):
     for name, p in pairs.items():
         torch.testing.assert_close(ours.get_parameter(name), p, atol=1e-5, rtol=1e-4)
 
-
 @pytest.mark.parametrize("number", range(3))
 def test_interop_the_snippets_of_the_readme_run(tmp_path, number):
     from peft import LoraConfig, get_peft_model
     from transformers import Trainer, TrainingArguments
-
     readme = Path(nalora_hf.__file__).parent / "README.md"
     snippets = re.findall(r"```python\n(.*?)```", readme.read_text(encoding="utf-8"), re.S)
     assert len(snippets) == 3
@@ -124,9 +90,8 @@ def test_interop_the_snippets_of_the_readme_run(tmp_path, number):
     if number == 2:
         names["model"] = peft_llama()
         names |= {"Trainer": Trainer, "data": [{"input_ids": t, "labels": t} for t in batch(0)[0]]}
-        names["arguments"] = TrainingArguments(
-            str(tmp_path), max_steps=2, save_steps=1, report_to=[], use_cpu=True
-        )
+        names["arguments"] = TrainingArguments(str(tmp_path), max_steps=2, save_steps=1,
+                                               report_to=[], use_cpu=True)
     exec(compile(snippets[number], "README.md", "exec"), names)
     tool = names["callback"].nalora if number == 2 else names["nalora"]
     if number == 2:
@@ -140,3 +105,25 @@ def test_interop_the_snippets_of_the_readme_run(tmp_path, number):
     if number == 0:
         nalora_hf.save_adapter(names["model"], tmp_path)
         assert len(os.listdir(tmp_path)) == 3
+
+def test_slopes_of_all_activations_of_transformers():
+    """As backward gives them: plainly, in a checkpoint and its recomputation, under autocast."""
+    from transformers.activations import ACT2CLS, ACT2FN
+    z = torch.cat((torch.linspace(-12, 12, 96), torch.randn(32))).requires_grad_()
+    acts = {name: ACT2FN[name] for name in ACT2CLS}
+    acts["compiled"] = torch.compile(ACT2FN["gelu_new"], backend="aot_eager")
+    for name, act in acts.items():
+        phi = act(z.clone())
+        expected = phi.detach(), torch.autograd.grad(phi.sum(), z)[0]
+        seen = []
+
+        def block(x):
+            seen.append(value_and_slope(act, z.detach()))
+            return x.sin()
+
+        torch.utils.checkpoint.checkpoint(block, z, use_reentrant=False).sum().backward()
+        if name != "prelu":  # whose weight autocast would round
+            with torch.autocast("cpu", torch.bfloat16):
+                block(z)
+        for found in seen:
+            torch.testing.assert_close(found, expected, msg=lambda text: f"{name}: {text}")
