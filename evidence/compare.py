@@ -201,7 +201,6 @@ def finish(config, out):
     print(runs.describe(run), flush=True)
     records, times = train_tiny.train(run, out, runs.load_checkpoint(run, out))
     file = save(run, out)
-    runs.draw_figures(config.method, records, out)
     return {"method": config.method, "seed": config.seed, "val_loss": records[-1]["val_loss"],
             **judge(run), **runs.count_parameters(run), "file_bytes": file.stat().st_size,
             "digest": run.digest, **runs.machine(),

@@ -152,9 +152,12 @@ def test_the_figure_of_nalora_at_work(monkeypatch):
 def here(function, *args):
     return function(*args)
 
+def not_found(name):
+    return None
+
 def test_the_benchmark_measures_the_same_work(base, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "in_new_process", here)
-    monkeypatch.setattr(bench.importlib.util, "find_spec", dict().get)      # without PEFT
+    monkeypatch.setattr(bench.importlib.util, "find_spec", not_found)       # without PEFT
     small = {"hidden_size": 32, "intermediate_size": 48}
     monkeypatch.setattr(train_tiny, "TINY", {**train_tiny.TINY, **small})
     flags = ["--base", str(base), "--threads", "1", "--test-size", "2", "--batch-size", "4",
