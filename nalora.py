@@ -1,6 +1,5 @@
 """NA-LoRA (Nonlinearity-Aware LoRA, arXiv 2606.31717) in one file: an unofficial, educational
-reference. Here: the mathematics, NALoRA, LoRA with its files, and a Llama to show it on. In
-nalora_hf/: FFNs of other layouts, trainers, sharded models.
+reference: mathematics, NALoRA, LoRA, a Llama. Other FFNs and trainers are nalora_hf's.
 
 THE IDEA. The feed-forward network (FFN) of a Llama computes h = phi(z) * u from a gate
 z = W_gate x and u = W_up x. Its activation is self-gated, a weight times the feature z itself:
@@ -54,8 +53,8 @@ gradient is zero; putting it back is exact. Adam's moments see every gradient, s
 released moves at once by its built-up momentum. A mask in the forward pass would change the model.
 Why 1 / k_hat? Gates that grow by 1 % let phi grow by k_hat %; dividing makes equal steps count
 equally. kappa of SiLU is 1 at 0 and for z -> inf, at most 1.28, and -inf for z -> -inf (of ReLU
-below 0 it is 0/0, here 1): never take its mean. k_hat is its mean weighted by phi^2, which
-vanishes faster than kappa grows. A negative k_hat gives scale 2, a choice.
+below 0 it is 0/0, here 1): never take its mean. k_hat is its mean weighted by phi^2, which goes
+to 0 faster than kappa grows. A negative k_hat gives scale 2, a choice.
 
 GLOSSARY    z: gate pre-activation   phi: act   phi': slope   A, B: lora_A, lora_B
     rho    selection_weight       phi / z; SiLU: sigmoid(z)
@@ -113,7 +112,7 @@ def homogeneity(act, z):
     return torch.where(phi == 0, 1, z * slope / torch.where(phi == 0, 1, phi))
 
 class GateSums(NamedTuple):
-    """F + 4 sums over an FFN's observed tokens. Sums of passes and ranks add up."""
+    """Over an FFN's observed tokens. Sums of passes and ranks add up."""
     score: Tensor  # (..., F) S: sum of |phi'(z_c)|
     tokens: Tensor  # (...) N: how many tokens
     z_slope_phi: Tensor  # (...) P: sum of z phi'(z) phi(z) over tokens and channels
@@ -143,8 +142,7 @@ def effective_homogeneity(act, z):
     return observe(act, z, z.new_ones(len(z))).k_hat()
 
 def importance_mask(importance, keep):
-    """Bool (..., F): the ceil(keep F) channels of largest importance (..., F), lower index first
-    among equals. keep in (0, 1]."""
+    """Bool (..., F): the ceil(keep F) channels of largest importance, lower index first."""
     count = max(1, math.ceil(keep * importance.size(-1) - 1e-9))  # 0.07 * 100 > 7 in floats
     first = torch.argsort(importance, dim=-1, descending=True, stable=True)[..., :count]
     return torch.zeros_like(importance, dtype=torch.bool).scatter(-1, first, True)
@@ -246,7 +244,7 @@ class NALoRA:
         held = {p for group in optimizer.param_groups for p in group["params"]}
         for ffn in self.ffns:
             if not {ffn.B_gate, *(p for p in ffn.parameters if p.requires_grad)} <= held:
-                raise ValueError(f"The optimizer does not hold the LoRA of {ffn.name}.")
+                raise ValueError(f"The optimizer lacks the LoRA of {ffn.name}.")
         self.handles = [optimizer.register_step_pre_hook(self.before_step),
                         optimizer.register_step_post_hook(self.after_step)]
         for ffn in self.ffns:
@@ -272,7 +270,7 @@ class NALoRA:
         if not (ffn.act.training and z.requires_grad):
             return  # evaluation, or nothing learns
         real = z.new_ones(z.shape[:-1]) if self.token_mask is None else self.token_mask
-        if real.numel() != z.shape[:-1].numel():
+        if real.shape != z.shape[:-1] and real.numel() != len(z):  # z is flat
             raise ValueError(f"token_mask is {tuple(real.shape)}, but the gates see tokens "
                              f"{tuple(z.shape[:-1])}: set it before each pass, or to None.")
         every = slice(self.steps % self.config.stride, None, self.config.stride)
@@ -289,7 +287,6 @@ class NALoRA:
             for ffn in seen:
                 self.sum_over_ranks(ffn)
                 self.decide(ffn)
-            for ffn in seen:
                 ffn.sums = None
             self.steps += 1
         for ffn in self.ffns:
@@ -324,6 +321,10 @@ class NALoRA:
     def row_factor(self, ffn):
         return (ffn.state.scale * ffn.state.mask)[:, None]  # (F, 1)
 
+    def statistics(self):  # {FFN name: its State as a dict of tensors and floats}
+        return {ffn.name: {k: t if t.dim() else t.item() for k, t in ffn.state._asdict().items()}
+                for ffn in self.ffns}
+
     def state_dict(self):
         return {"config": asdict(self.config), "steps": self.steps,
                 "ffns": {ffn.name: ffn.state._asdict() for ffn in self.ffns}}
@@ -350,7 +351,8 @@ class LoRALinear(nn.Module):
     base: nn.Linear. A and B are float32. ValueError on a rank or alpha that cannot be."""
     def __init__(self, base, rank, alpha):
         super().__init__()
-        if rank not in range(1, 1 + min(base.weight.shape)) or not 0 < alpha < math.inf:
+        most = min(base.in_features, base.out_features)
+        if type(rank) is not int or not 1 <= rank <= most or not 0 < alpha < math.inf:
             raise ValueError(f"rank {rank!r} or alpha {alpha!r} does not fit {base}.")
         A = base.weight.new_empty(rank, base.in_features, dtype=torch.float32)
         self.base_layer = base
@@ -392,14 +394,14 @@ def inject_lora(model, targets, rank=8, alpha=16):
 
 @torch.no_grad()
 def merge_lora(model):
-    """Puts each nn.Linear back, its weight W + (alpha / rank) B A in float32, rounded once to W's
-    dtype. Returns their names. ValueError if there is no LoRA."""
+    """Puts each nn.Linear back, its weight W + (alpha / rank) B A summed in float32. Returns their
+    names. ValueError if there is no LoRA."""
     layers = lora_layers(model)
     if not layers:
         raise ValueError("This model carries no LoRA, or it is merged already.")
     for name, layer in layers.items():
         W = layer.base_layer.weight  # (out, in)
-        merged = widen(W) + layer.scaling * (layer.lora_B @ layer.lora_A)
+        merged = widen(W) + layer.scaling * (widen(layer.lora_B) @ widen(layer.lora_A))
         layer.base_layer.weight = nn.Parameter(merged.to(W.dtype), False)  # W may be tied
         model.set_submodule(name, layer.base_layer)
     return list(layers)
@@ -414,12 +416,12 @@ def write_files(directory, files):
         (directory / f"{name}.tmp").replace(directory / name)
 
 def read_folder(directory, prefix=""):
-    """(dict of its config.json, {name: tensor} of its model.safetensors), or a ValueError."""
+    """(its config.json, its model.safetensors) as dicts, or a ValueError."""
     try:
         config = json.loads((Path(directory) / f"{prefix}config.json").read_text(encoding="utf-8"))
         tensors = safetensors.torch.load_file(Path(directory) / f"{prefix}model.safetensors")
-        return dict(config), tensors
-    except (OSError, ValueError, TypeError, safetensors.SafetensorError) as e:
+        return dict(config), {k: t for k, t in tensors.items() if t.isfinite().all()}  # or missing
+    except (OSError, ValueError, TypeError, RuntimeError, safetensors.SafetensorError) as e:
         raise ValueError(f"{directory} cannot be read: {e}") from None
 
 def adapter_tensors(model):
@@ -444,8 +446,8 @@ def save_adapter(model, directory, base_model=None):
                             "adapter_model.safetensors": tensors})
 
 def load_adapter(model, directory):
-    """Injects the LoRA that save_adapter or PEFT wrote. Returns the module names. ValueError, with
-    no LoRA injected, if it is broken, incomplete, more than plain LoRA or another model's."""
+    """Injects the LoRA that save_adapter or PEFT wrote. Returns the module names. ValueError, and
+    no LoRA, if it is broken, incomplete, more than plain LoRA or another model's."""
     config, tensors = read_folder(directory, "adapter_")
     odd = [key for key in ("use_rslora", "alpha_pattern") if config.get(key)]
     if config.get("init_lora_weights", True) not in (True, False, "gaussian", "eva", "orthogonal"):
@@ -453,7 +455,7 @@ def load_adapter(model, directory):
     targets = config.get("target_modules")
     if odd or config.get("peft_type") != "LORA" or not isinstance(targets, list):
         raise ValueError(f"{directory} holds no plain LoRA: see {odd or 'adapter_config.json'}.")
-    names = inject_lora(model, targets, config.get("r"), config.get("lora_alpha", 8))
+    names = inject_lora(model, targets, config.get("r"), config.get("lora_alpha") or 8)
     parts = adapter_tensors(model)
     wrong = {(k, t.shape) for k, t in parts.items()} ^ {(k, t.shape) for k, t in tensors.items()}
     if wrong:
@@ -466,7 +468,6 @@ def load_adapter(model, directory):
 # ---- 4 a Llama, with Hugging Face's names ------------------------------------
 @dataclass
 class LlamaConfig:
-    """The fields of a Hugging Face config.json."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -483,9 +484,9 @@ class LlamaConfig:
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
 
-def rotary_tables(config, start, length, device):
-    """cos and sin of each position's rotation angles, (length, head_dim) each, float32."""
-    position = torch.arange(start, start + length, device=device).float()
+def rotary_tables(config, start, end, device):
+    """cos and sin of each position's rotation angles, (T, head_dim) each, float32."""
+    position = torch.arange(start, end, device=device).float()
     power = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
     angle = torch.outer(position, config.rope_theta ** -power).repeat(1, 2)
     return angle.cos(), angle.sin()
@@ -551,15 +552,14 @@ class Llama(nn.Module):
                 nn.init.normal_(p, std=config.initializer_range)
 
     def forward(self, tokens, targets=None, cache=None):
-        """tokens (B, T) -> (logits (B, T, vocab), None). With shifted targets (B, T), -100: none,
-        (logits (N, vocab) of the targets, their mean cross-entropy in nats). cache: a list per
-        layer, [] at first. ValueError beyond the context."""
+        """tokens (B, T) -> (logits (B, T, vocab), None); with shifted targets (B, T), -100: none,
+        (logits (N, vocab) of these, their mean cross-entropy). cache: one [] a layer, at first."""
         start = cache[0][0].size(2) if cache and cache[0] else 0
-        length = tokens.size(1)
-        if start + length > self.config.max_position_embeddings or (start and length > 1):
-            raise ValueError(f"{start + length} tokens exceed the context, or 2 a filled cache.")
+        end = start + tokens.size(1)
+        if end > self.config.max_position_embeddings or 0 < start < end - 1:
+            raise ValueError(f"{end} tokens exceed the context, or 2 a filled cache.")
         x = self.model.embed_tokens(tokens)  # (B, T, hidden)
-        cos, sin = rotary_tables(self.config, start, length, tokens.device)
+        cos, sin = rotary_tables(self.config, start, end, tokens.device)
         for i, layer in enumerate(self.model.layers):
             x = layer(x, cos, sin, cache and cache[i])
         x = self.model.norm(x)

@@ -31,7 +31,7 @@ BASE = DATA / "base"                    # the model that all methods but `pretra
 SPLITS = ("train", "val", "test")
 MAX_NEW = 32                            # tokens of the longest solution (27), and some
 
-# ---- texts and tokens ------------------------------------------------------------------------------
+# ---- texts and tokens ----------------------------------------------------------------------------
 
 def load_tokenizer():
     """The byte-pair tokenizer, a tiktoken.Encoding; its last id is <|endoftext|>."""

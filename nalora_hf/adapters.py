@@ -4,6 +4,7 @@ import json
 import math
 from collections import Counter
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import safetensors.torch
@@ -257,3 +258,24 @@ def read_tensors(path):
         refuse(not floats or not t.isfinite().all(),
                f"{path} cannot be used: {name} ({t.dtype}) does not hold finite floats.")
     return tensors
+
+# -- a whole model ---------------------------------------------------------------------------------
+
+class Llama(nalora.Llama):
+    """nalora.Llama, which can also be saved."""
+
+    def save_pretrained(self, directory, dtype=None):
+        """Writes config.json and model.safetensors, in `dtype` if given, as transformers reads
+        them, under the model's own names. ValueError under LoRA."""
+        refuse(has_lora(self), "This model carries LoRA: merge_lora(model), or save_adapter.")
+        weights = {f"{name}.{key}": p.detach().to(dtype or p.dtype).contiguous()
+                   for name, m in own_modules(self).items()
+                   for key, p in m.named_parameters(recurse=False)}
+        tied = self.lm_head.weight is self.model.embed_tokens.weight
+        if tied:
+            del weights["lm_head.weight"]
+        stored = str(weights["model.norm.weight"].dtype).removeprefix("torch.")
+        config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama",
+                  **asdict(self.config), "hidden_act": "silu", "tie_word_embeddings": tied,
+                  "torch_dtype": stored}
+        write_files(directory, {"model.safetensors": weights, "config.json": config})

@@ -1,20 +1,16 @@
 """What the tests of this package share: small models, steps, states, broken files."""
 import functools
 import io
-import json
 import os
 import pickle
 import random
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 
-import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nalora import Llama, LlamaConfig
-from nalora_hf import NALoRA, inject_lora, lora_parameters
+from nalora_hf import Llama, LlamaConfig, NALoRA, inject_lora, lora_parameters
 from nalora_hf.families import lora_pairs
 
 FFN = ["gate_proj", "up_proj", "down_proj"]
@@ -32,17 +28,6 @@ def with_activation(model, act):
         del layer.mlp.act_fn
         layer.mlp.act_fn = act
     return model
-
-def save_llama(model, directory):
-    """Writes config.json and model.safetensors, for transformers and Llama.from_pretrained."""
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-              **asdict(model.config)}
-    tensors = {name: t.contiguous() for name, t in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
-        del tensors["lm_head.weight"]
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    (Path(directory) / "config.json").write_text(json.dumps(config))
-    safetensors.torch.save_file(tensors, Path(directory) / "model.safetensors", {"format": "pt"})
 
 def batch(seed, shape=(4, 15), vocab=61):
     generator = torch.Generator().manual_seed(seed)

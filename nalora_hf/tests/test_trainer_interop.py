@@ -14,8 +14,7 @@ import nalora_hf
 from nalora import Llama, value_and_slope
 from nalora_hf import load_adapter, save_adapter
 from nalora_hf.tests.helpers import (FFN, batch, equal, family, hf_step, lora_llama, peft_llama,
-                                     save_llama, small_llama, snapshot, start, take_step,
-                                     trained_lora)
+                                     small_llama, snapshot, start, take_step, trained_lora)
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -33,7 +32,7 @@ def test_interop_transformers_gives_our_logits_and_our_greedy_text(tmp_path, see
         "rope_theta": float(rng.choice([1e2, 1e4, 5e5])),
         "tie_word_embeddings": bool(rng.integers(2))}
     ours, (tokens, _) = small_llama(**changes).eval(), batch(0, (3, int(rng.integers(1, 40))))
-    save_llama(ours, tmp_path)
+    ours.save_pretrained(tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     torch.testing.assert_close(theirs(tokens).logits, ours(tokens)[0], atol=1e-5, rtol=1e-5)
     text = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=12,
@@ -45,7 +44,7 @@ def test_interop_transformers_gives_our_logits_and_our_greedy_text(tmp_path, see
 def test_interop_peft_loads_our_adapter_and_we_load_theirs(tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
-    save_llama(small_llama(), tmp_path / "base")
+    small_llama().save_pretrained(tmp_path / "base")
     model, (tokens, _) = trained_lora(["q_proj", *FFN]), batch(1)
     save_adapter(model, tmp_path / "ours", base_model=str(tmp_path / "base"))
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base",
@@ -60,7 +59,7 @@ def test_interop_peft_loads_our_adapter_and_we_load_theirs(tmp_path):
 def test_interop_twenty_steps_of_lora_agree_with_peft(tmp_path):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
-    save_llama(small_llama(), tmp_path)
+    small_llama().save_pretrained(tmp_path)
     ours, opt, _ = start(None, lora_llama(["q_proj", *FFN]), weight_decay=0.1)
     theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32),
                             LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", *FFN]))

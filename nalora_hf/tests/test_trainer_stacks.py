@@ -10,7 +10,7 @@ import nalora_hf
 from nalora import NALoRAConfig
 from nalora_hf import NALoRA, NALoRACallback, families, inject_lora, save_adapter, steer, survey
 from nalora_hf.tests.helpers import (FFN, TINY, batch, family, pairs_of, peft_llama, random_model,
-                                     save_llama, small_llama, wake)
+                                     small_llama, wake)
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -115,7 +115,7 @@ def test_interop_quantized_bases(tmp_path, kind):
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
     else:
         config = QuantoConfig(weights="int8")
-    save_llama(small_llama(hidden_size=64, intermediate_size=128), tmp_path)
+    small_llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config,
                                                  device_map="cpu")
     model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)

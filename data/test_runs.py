@@ -1,5 +1,5 @@
-"""The executable specification of train_tiny.py and data/runs.py."""
-import functools
+"""The executable specification of data/runs.py and of train_tiny.py's command line: what a run
+keeps, refuses and survives."""
 import json
 import os
 import re
@@ -12,52 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn as nn
-from safetensors.torch import load_file
 
 import nalora
 import train_tiny
 from data import problems, runs
-from nalora import Llama, LlamaConfig, NALoRAConfig
+from nalora import Llama, LlamaConfig
+from test_nalora import arguments, at_step, result, succeeds
 
-HERE = Path(__file__).resolve().parent
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-@pytest.fixture(scope="session")
-def random_base(tmp_path_factory):
-    """A random base model that trains in no time."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("base")
-    config = LlamaConfig(640, 32, 48, 2, 2, 1, max_position_embeddings=256, initializer_range=0.1,
-                         tie_word_embeddings=True)
-    train_tiny.save_model(Llama(config), path)
-    return path
-
-@pytest.fixture
-def base(random_base, monkeypatch):
-    """The same, with a smaller pre-training, fewer problems, a shorter text and no figures."""
-    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    read, batches, windows = problems.read_problems, problems.text_batches, problems.text_windows
-    monkeypatch.setattr(train_tiny, "TINY", {**train_tiny.TINY, **small})
-    monkeypatch.setattr(problems, "MAX_NEW", 8)
-    monkeypatch.setattr(problems, "read_problems", lambda path: read(path)[:40])
-    monkeypatch.setattr(problems, "text_batches", lambda tokenizer, path, *more: batches(
-        tokenizer, path.with_name("pretrain_val.txt"), *more))
-    monkeypatch.setattr(problems, "text_windows", lambda *of: windows(*of)[:8])
-    for draw in ("draw_loss", "draw_layers"):
-        monkeypatch.setattr(runs, draw, lambda _, p: runs.write_files(p.parent, {p.name: b"drawn"}))
-    return random_base
-
-def arguments(base, out, method="nalora", *more):
-    fine = [] if method == "pretrain" else ["--base", str(base)]
-    return ["--method", method, "--out", str(out), "--threads", "1", "--test-size", "4", "--steps",
-            "6", "--eval-every", "2", "--batch-size", "4", *fine, *map(str, more)]
-
-def succeeds(argv):
-    assert train_tiny.main(list(map(str, argv))) == 0
+HERE = Path(__file__).resolve().parent.parent
 
 def refused(capsys, argv, message):
     """Exit code 2 and one sentence that the message (a regular expression) is found in."""
@@ -65,94 +27,6 @@ def refused(capsys, argv, message):
     assert train_tiny.main(list(map(str, argv))) == 2
     error = capsys.readouterr().err
     assert re.search(message, error) and error.count("\n") == 1, error
-
-def result(out):
-    """What must not depend on interruptions: file name -> bytes."""
-    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*"))
-            if p.is_file() and p.name not in ("summary.json", "checkpoint.pt")}
-
-@pytest.fixture(scope="session")
-def uninterrupted(random_base, tmp_path_factory):
-    """uninterrupted(method): what a run without interruptions leaves behind."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
-
-    @functools.cache
-    def of(method):
-        succeeds(arguments(random_base, folder / method, method))
-        return result(folder / method)
-
-    return of
-
-@pytest.mark.parametrize("method", train_tiny.METHODS)
-def test_every_method_runs_and_reports(base, tmp_path, capsys, method):
-    run = tmp_path / "run"
-    succeeds(arguments(base, run, method))
-    out = capsys.readouterr().out
-    summary = runs.read_json(run / "summary.json")
-    records = runs.read_records(run)
-    assert summary["method"] == method and summary["val_loss"] == records[-1]["val_loss"]
-    assert [r["step"] for r in records] == [0, 2, 4, 6]
-    assert f"step    0/6  val_loss {records[0]['val_loss']:.4f}\n" in out  # the base's own
-    assert f"step    6/6  loss {records[3]['loss']:.4f}  val_loss" in out and "0 s left" in out
-    assert f"{method}: exact match {summary['test_exact_match']:.3f} on 4 test problems" in out
-    assert len(re.findall(r"\[(?:right|wrong)", out)) == 3
-    steered = method.startswith("nalora")
-    line = f"k_hat 1... to 1...  scale [01]... to [01]...  rows {100 if 'scale' in method else 50}%"
-    assert bool(re.search(line, out)) == steered == ("2 FFNs are steered" in out)
-    assert ("layers" in records[1]) == (run / "nalora.png").exists() == steered
-    file = "model/model" if method in ("full", "pretrain") else "adapter/adapter_model"
-    tensors = load_file(run / f"{file}.safetensors").values()
-    assert {t.dtype for t in tensors} == {torch.half if method == "pretrain" else torch.float}
-    succeeds(["--sample", "Ann has 3 apples.", "--out", run])
-    assert capsys.readouterr().out.startswith("Ann has 3 apples.\n")
-
-def test_methods_and_optimizers_are_what_the_settings_say(base):
-    c = train_tiny.Config(keep=0.25, ema=0.5, stride=3, lr=0.5, weight_decay=0.25, beta2=0.75)
-    for method, parts in {"nalora": {}, "nalora-mask": {"scale": "none"}, "lora": None,
-                          "nalora-scale": {"mask": "none"}, "full": None, "pretrain": None}.items():
-        optimizer, steering = train_tiny.METHODS[method](Llama.from_pretrained(base), c)
-        groups = optimizer.param_groups
-        whole = method in ("full", "pretrain")
-        assert [g["weight_decay"] for g in groups] == ([0.25, 0.0] if whole else [0.25])
-        assert sum(len(g["params"]) for g in groups) == (20 if whole else 28)
-        assert [groups[0][k] for k in ("lr", "betas")] == [0.5, (0.9, 0.75)]
-        assert steering is None if parts is None else steering.config == NALoRAConfig(
-            keep=0.25, ema=0.5, stride=3, **parts)
-    sgd = train_tiny.make_optimizer([{"params": [nn.Parameter(torch.ones(2, 2))], "lr": 2.0}],
-                                    train_tiny.Config(optimizer="sgd", momentum=0.125))
-    assert [sgd.param_groups[0][k] for k in ("lr", "momentum")] == [2.0, 0.125]
-
-def test_the_training_loop_is_a_plain_one(base):
-    c = train_tiny.Config(method="full", base=str(base), steps=6, batch_size=4, lr=2e-2, warmup=0.5)
-    run = train_tiny.set_up(c)
-    losses = list(train_tiny.training_loop(run))
-    model = Llama.from_pretrained(base)  # the same, written once more
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0)
-    for step, share in enumerate((1 / 3, 2 / 3, 1, 1, 0.75, 0.25)):  # three up, a cosine down
-        tokens, targets, _ = run.batches(step)
-        optimizer.param_groups[0]["lr"] = 2e-2 * share
-        loss = nn.functional.cross_entropy(model(tokens)[0].transpose(1, 2), targets)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        assert losses[step] == pytest.approx(loss.item(), rel=1e-4)
-    for ours, theirs in zip(run.model.parameters(), model.parameters()):
-        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
-    assert train_tiny.schedule(train_tiny.Config(steps=1), 0) == 1
-
-def test_padding_is_shown_and_each_phase_has_its_mode(base, monkeypatch):
-    c = train_tiny.Config(base=str(base), steps=3, batch_size=4, test_size=1, dtype="bfloat16")
-    run = train_tiny.set_up(c)
-    run.model.eval()
-    for step, _ in enumerate(train_tiny.training_loop(run)):
-        assert torch.equal(run.nalora.token_mask, run.batches(step)[2]) and run.model.training
-    assert not run.nalora.token_mask.all() and run.nalora.steps == 3
-    monkeypatch.setattr(problems, "mean_loss", lambda model, batches: batches is run.validation
-                        and torch.is_autocast_enabled("cpu") and not model.training)
-    assert train_tiny.validate(run, 1) is True
-    run.model.train()
-    assert len(train_tiny.test(run)) == 2 and not run.model.training
 
 @pytest.mark.parametrize("flag", [
     "--seed 1", "--lr 0.01", "--batch-size 5", "--train-size 8", "--rank 2", "--alpha 4",
@@ -174,26 +48,6 @@ def test_all_three_train_and_stand_in_one_table(base, tmp_path, capsys):
     assert runs.read_json(tmp_path / "nalora" / "config.json")["keep"] == 0.25
     refused(capsys, ["--sample", "--out", tmp_path], "holds no finished run")
     assert [runs.cell(x).strip() for x in (None, 1234567, 0.12345)] == ["-", "1,234,567", "0.123"]
-
-# ---- interruptions ---------------------------------------------------------------------------
-
-def at_step(monkeypatch, at, act):
-    """Lets the training loop do something at a step."""
-    rate = train_tiny.schedule
-    monkeypatch.setattr(train_tiny, "schedule",
-                        lambda c, step: act() if step == at else rate(c, step))
-
-@pytest.mark.parametrize("at, method", [(0, "nalora"), *((3, m) for m in train_tiny.METHODS)])
-def test_ctrl_c_and_resume_are_bit_identical(base, uninterrupted, tmp_path, monkeypatch, capsys,
-                                             method, at):
-    wanted = uninterrupted(method)
-    with monkeypatch.context() as patch:
-        at_step(patch, at, lambda: signal.raise_signal(signal.SIGINT))
-        assert train_tiny.main(arguments(base, tmp_path, method)) == 130
-    assert f"python train_tiny.py --resume --out {tmp_path} goes on" in capsys.readouterr().err
-    torch.set_num_threads(2)  # config.json has the threads, and all else
-    succeeds(["--resume", "--out", tmp_path])
-    assert result(tmp_path) == wanted and torch.get_num_threads() == 1
 
 def test_kill_9_and_resume_are_bit_identical(random_base, tmp_path):
     mortal = ("import os, sys, train_tiny as t; rate = t.schedule; t.schedule = lambda c, step: "
@@ -269,8 +123,6 @@ def test_a_run_is_not_continued_on_other_data_or_another_base(base, tmp_path, ca
     train_tiny.save_model(Llama(Llama.from_pretrained(base).config), tmp_path / "base")
     refused(capsys, again, "model.safetensors has changed since")
     refused(capsys, ["--sample", "--out", tmp_path / "run"], "has changed since")
-
-# ---- the command line ------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, message", [
     ("--rank 0", "rank"), ("--targets nothing", "nothing"), ("--targets q_proj", "FFN"),
