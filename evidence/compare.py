@@ -314,7 +314,7 @@ def tune(args, variants):
     return losses
 
 def lowest(losses):
-    """The learning rate of lowest loss. One that diverged (None) is never chosen; the only one is."""
+    """The learning rate of lowest loss, never one that diverged (None); the only one, if so."""
     there = {lr: loss for lr, loss in losses.items() if loss is not None} or losses
     return min(there, key=there.get)
 

@@ -306,8 +306,8 @@ def bench_tables(b):
     if b["generation_seconds"]:
         generation = f"; {b['problems']} problems are answered in {b['generation_seconds']:.1f} s."
     about = (f"Base {c['base']}, {c['batch_size']} problems a step, rank {c['rank']}, "
-             f"{c['dtype']}, {c['threads']} threads, {b['rounds']} rounds; medians (and quartiles; of memory, of "
-             "a whole process, the range of three). A matrix product reaches "
+             f"{c['dtype']}, {c['threads']} threads, {b['rounds']} rounds; medians (and quartiles; "
+             "of memory, of a whole process, the range of three). A matrix product reaches "
              f"{b['matmul_peak'] / 1e9:,.0f} GFLOP/s; shares of it count the products of a step, "
              f"without attention's. {m['cores']} cores of {m['processor']}, Python {m['python']}, "
              f"PyTorch {m['torch']}. Starting Python, importing nalora and loading the base takes "
