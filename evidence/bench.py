@@ -19,20 +19,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_tiny
 from data import problems
+from data.runs import read_json
 from evidence import compare, controls, measures, report
+from evidence.common import write_json, write_text
 from evidence.measures import in_alternation, peak_memory_mb, reset_peak_memory, timed
-from nalora import (
-    Llama,
-    LlamaConfig,
-    NALoRA,
-    inject_lora,
-    lora_parameters,
-    read_json,
-    write_files,
-)
+from nalora import Llama, LlamaConfig, NALoRA, inject_lora, lora_parameters
 
 WARM_UP = 3  # rounds
-
 
 def our_loop(config):
     """(training loop that yields (loss, tokens of the batch), device)."""
@@ -43,7 +36,6 @@ def our_loop(config):
             yield loss, run.batches(step)[0].numel()
 
     return loop(), run.device
-
 
 def peft_loop(config, **flags):
     """As our_loop, with transformers' model and PEFT's adapter."""
@@ -77,7 +69,6 @@ def peft_loop(config, **flags):
 
     return loop(), run.device
 
-
 def contestants(configs):
     """{name: function that makes (loop, device)}, PEFT's where transformers and peft are there."""
     makers = {method: partial(our_loop, config) for method, config in configs.items()}
@@ -86,7 +77,6 @@ def contestants(configs):
         makers["PEFT DoRA"] = partial(peft_loop, configs["lora"], use_dora=True)
     return makers
 
-
 def peak_of_process(make, steps=3):
     """Peak memory in MB of a process that does nothing but make a run and train a few steps."""
     loop, device = make()
@@ -94,7 +84,6 @@ def peak_of_process(make, steps=3):
     for _ in range(steps):
         next(loop)
     return peak_memory_mb(device)
-
 
 def in_new_process(function, *args):
     spawn = multiprocessing.get_context("spawn")
@@ -105,20 +94,16 @@ def in_new_process(function, *args):
             raise ValueError("A process that measures memory was killed from outside, perhaps for "
                              "want of memory: free some and give the command again.") from None
 
-
 def matmul_peak(device, dtype, size=2048):
     """FLOP/s of the fastest of ten products of two square matrices."""
     a = torch.randn(size, size, device=device, dtype=dtype)
-
     return 2 * size**3 / min(timed(torch.matmul, a, a)[0] for _ in range(10))
-
 
 def flops_per_token(make):
     loop, _ = make()
     with FlopCounterMode(display=False) as counter:
         _, tokens = next(loop)
     return counter.get_total_flops() / tokens
-
 
 def where_time_goes(make, steps=5):
     """{operation: share of the time of a step}, the ten largest, by PyTorch's profiler."""
@@ -134,23 +119,21 @@ def where_time_goes(make, steps=5):
     return {name: spent[name] / total
             for name in sorted(spent, key=spent.get, reverse=True)[:10]}
 
-
 def sized_loop(layers, windows, with_nalora):
     """Training steps of TINY with random weights and another depth, on windows of 64 tokens."""
     torch.manual_seed(0)
     shape = {**train_tiny.TINY, "num_hidden_layers": layers}
-    model = Llama(LlamaConfig(vocab_size=640, **shape))
+    model = Llama(LlamaConfig(**shape))
     inject_lora(model, train_tiny.Config.targets)
     optimizer = torch.optim.AdamW(lora_parameters(model), fused=True)
     if with_nalora:
         NALoRA(model, optimizer)
-    text = torch.randint(640, (windows, 65))
+    text = torch.randint(shape["vocab_size"], (windows, 65))
     while True:
         model(text[:, :-1], text[:, 1:])[1].backward()
         optimizer.step()
         optimizer.zero_grad()
         yield
-
 
 def step_of_size(layers, windows, rounds):
     """{"lora", "nalora": median ms of a step} in alternation on the CPU."""
@@ -160,10 +143,8 @@ def step_of_size(layers, windows, rounds):
     return {name: 1000 * statistics.median(s for s, _ in taken[WARM_UP:])
             for name, taken in steps.items()}
 
-
 def quartiles(values):
     return statistics.quantiles(values, n=4)
-
 
 def against(steps, name, other):
     """Quartiles of the step time of one contestant over another's, or None."""
@@ -171,7 +152,6 @@ def against(steps, name, other):
         return None
     pairs = zip(steps[name][WARM_UP:], steps[other][WARM_UP:])
     return quartiles([ours / theirs for (ours, _), (theirs, _) in pairs])
-
 
 def measured_row(name, make, steps, peak):
     print(f"memory and operations of {name}", flush=True)
@@ -186,7 +166,6 @@ def measured_row(name, make, steps, peak):
             "peak_memory_mb": memory,
             "share_of_matmul_peak": flops * statistics.median(rates) / peak}
 
-
 def generation(config, rounds):
     """(number of problems, seconds that a model trained for some steps takes to answer them)."""
     run = controls.set_up(config)
@@ -195,10 +174,9 @@ def generation(config, rounds):
     loop = train_tiny.training_loop(run)
     for _ in range(rounds):                 # so that it answers at length
         next(loop)
-    seconds, _ = timed(problems.exact_match, run.model.eval(), run.tokenizer, run.problems,
-                       run.max_new)
+    prompts = [p["prompt"] for p in run.problems]
+    seconds, _ = timed(problems.solve, run.model.eval(), run.tokenizer, prompts, run.max_new)
     return len(run.problems), seconds
-
 
 def bench(args):
     """Measures and writes bench.json and bench.md to args.results."""
@@ -216,10 +194,10 @@ def bench(args):
     print(f"{rounds} rounds of {', '.join(makers)} in alternation", flush=True)
     steps = in_alternation({name: make()[0] for name, make in makers.items()}, steps_needed)
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-    peak = matmul_peak(torch.device(config.device), dtype)
+    peak = matmul_peak(config.device, dtype)
     rows = [measured_row(name, make, steps, peak) for name, make in makers.items()]
     print("where the time goes, sizes, start", flush=True)
-    problems, seconds = generation(config, rounds)
+    answered, seconds = generation(config, rounds)
     sizes = [(layers, 16) for layers in (2, 4, 8)] + [(4, windows) for windows in (8, 32)]
     start = [sys.executable, "-c", "import sys, nalora; nalora.Llama.from_pretrained(sys.argv[1])",
              Path(config.base).resolve()]
@@ -231,13 +209,12 @@ def bench(args):
         "profile": {name: where_time_goes(makers[name]) for name in ("lora", "nalora")},
         "sizes": [{"layers": layers, "windows": windows, **step_of_size(layers, windows, rounds)}
                   for layers, windows in sizes],
-        "start_seconds": quartiles(started), "problems": problems, "generation_seconds": seconds})
-    write_files(args.results, {"bench.json": result})
+        "start_seconds": quartiles(started), "problems": answered, "generation_seconds": seconds})
+    write_json(args.results / "bench.json", result)
     tables = report.bench_tables(read_json(args.results / "bench.json"))
     text = "\n\n".join(tables.values()) + "\n"
-    write_files(args.results, {"bench.md": text})
+    write_text(args.results / "bench.md", text)
     print(f"\n{text}\nwritten to {args.results}")
-
 
 def main(argv=None):
     """The exit code: 0, or 2 with one sentence for input that cannot be used."""
@@ -255,7 +232,6 @@ def main(argv=None):
         print(f"evidence.bench: {e}", file=sys.stderr)
         return 2
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())

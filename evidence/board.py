@@ -9,33 +9,28 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
-from nalora import ACTIVATIONS, homogeneity, selection_weight, value_and_slope
-from train_tiny import COLOURS, new_figure, save_figure
+from data.runs import COLOURS, new_figure, save_figure
+from nalora import homogeneity, selection_weight, value_and_slope
 
 HERE = Path(os.path.relpath(Path(__file__).resolve().parent))
-
 
 def draw_activations(path):
     """phi, rho, phi' and kappa of SiLU, GELU and ReLU: the four curves that the method is made
     of."""
     figure, axes = new_figure(4, width=12)
     z = torch.linspace(-5, 5, 1001)
-    for name, style in (("silu", "-"), ("gelu", "--"), ("relu", ":")):
-        act = ACTIVATIONS[name]
+    for name, act, style in (("SiLU", F.silu, "-"), ("GELU", F.gelu, "--"), ("ReLU", F.relu, ":")):
         phi, slope = value_and_slope(act, z)
         rho = selection_weight(act, z)
         kappa = homogeneity(act, z)
-        if name == "relu":
+        if name == "ReLU":
             kappa[z < 0] = math.nan  # 0/0: the code's convention there is 1, the curve has none
         for ax, y in zip(axes, (phi, rho, slope, kappa)):
-            ax.plot(z, y, style, label={"silu": "SiLU", "gelu": "GELU", "relu": "ReLU"}[name])
-    titles = (
-        "value φ(z)",
-        "selection weight ρ = φ/z",
-        "responsiveness φ'",
-        "homogeneity κ = zφ'/φ",
-    )
+            ax.plot(z, y, style, label=name)
+    titles = ("value φ(z)", "selection weight ρ = φ/z", "responsiveness φ'",
+              "homogeneity κ = zφ'/φ")
     for ax, title in zip(axes, titles):
         ax.set(xlabel="gate pre-activation z")
         ax.set_title(title)
@@ -46,7 +41,6 @@ def draw_activations(path):
     axes[3].text(-3.3, 0, "κ < 1:\nselection\nopposes", ha="center", va="bottom", fontsize=11)
     axes[0].legend(frameon=False)
     save_figure(figure, path)
-
 
 def draw_board(path):
     """The board figure: a gated FFN with LoRA, and where NA-LoRA looks and acts."""
@@ -60,9 +54,8 @@ def draw_board(path):
     ax.axis("off")
 
     def box(x, y, width, height, colour, text="", **style):
-        ax.add_patch(
-            Rectangle((x, y), width, height, facecolor=colour, edgecolor="0.3", lw=0.8, **style)
-        )
+        ax.add_patch(Rectangle((x, y), width, height, facecolor=colour, edgecolor="0.3", lw=0.8,
+                               **style))
         ax.text(x + width / 2, y + height / 2, text, ha="center", va="center")
 
     def arrow(start, end, colour="0.2", style="-"):
@@ -96,25 +89,19 @@ def draw_board(path):
     arrow((12.1, 5.0), (13.3, 5.0))
     arrow((17.3, 5.0), (18.9, 5.0))
     ax.text(19.3, 5.0, "y", ha="center", va="center", fontsize=14)
-    ax.text(
-        10.6, 8.0, "1  Watch: mean |φ'(z)| of each channel,\n    smoothed over steps",
-        color=orange, ha="left", va="center",
-    )
+    ax.text(10.6, 8.0, "1  Watch: mean |φ'(z)| of each channel,\n    smoothed over steps",
+            color=orange, ha="left", va="center")
     arrow((10.5, 7.9), (9.7, 7.7), orange, "--")
-    ax.text(
-        7.1, 9.5, "2  Only rows of B of responsive channels move (blue);\n"
-        "    the others are put back after optimizer.step()", color=orange, ha="left", va="center",
-    )
+    ax.text(7.1, 9.5, "2  Only rows of B of responsive channels move (blue);\n"
+            "    the others are put back after optimizer.step()", color=orange, ha="left",
+            va="center")
     arrow((7.0, 9.4), (6.05, 8.4), orange, "--")
-    ax.text(
-        2.4, 0.7, "3  One number per FFN, k̂ (the φ²-weighted mean of κ = zφ'/φ): "
-        "all six A and B take the step × 1/k̂, with k̂ clipped to [1/2, 2]",
-        color=orange, ha="left", va="center",
-    )
+    ax.text(2.4, 0.7, "3  One number per FFN, k̂ (the φ²-weighted mean of κ = zφ'/φ): "
+            "all six A and B take the step × 1/k̂, with k̂ clipped to [1/2, 2]", color=orange,
+            ha="left", va="center")
     legend = "grey: frozen or put back\nblue: trained"
     ax.text(0.2, 9.4, legend, ha="left", va="center", color="0.3")
     save_figure(figure, path)
-
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m evidence.board", description=__doc__)
@@ -123,7 +110,6 @@ def main(argv=None):
     draw_board(out / "board.png")
     draw_activations(out / "activations.png")
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())

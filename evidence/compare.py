@@ -11,7 +11,6 @@ import concurrent.futures
 import contextlib
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import re
@@ -27,10 +26,12 @@ from pathlib import Path
 import torch
 
 import train_tiny
-from data import problems
-from evidence import controls, figures, measures, peer_files, peers, report
+from data import problems, runs
+from data.runs import read_json
+from evidence import controls, figures, measures, other_base, peer_files, peers, report
+from evidence.common import write_json, write_text
 from evidence.controls import Config
-from nalora import read_json, write_files
+from nalora import write_files
 
 controls.METHODS.update(peers.METHODS)
 METHODS = [name for name in controls.METHODS if name != "pretrain"]
@@ -43,18 +44,16 @@ SWEEPS = {"rank": [f"rank={r},alpha={2 * r}" for r in (1, 2, 4, 8, 16)],
           "keep": [f"keep={k}" for k in (0.05, 0.1, 0.25, 0.5)],
           "score": ["score=phi_prime", "score=rho_prime", "score=downstream"],
           "optimizer": ["optimizer=adamw", "optimizer=sgd"]}
-FIXED = ("method", "seed", "device", "dtype", "threads", "ranks", "data", "base", "test_size",
+FIXED = ("method", "seed", "device", "dtype", "threads", "data", "base", "test_size",
          "eval_every")                      # settings in which variants may not differ
 TYPES = {"train_size": int, "test_size": int, "eval_every": int}
 
 # ---- variants ------------------------------------------------------------------------------------
 
-
 def field_type(name):
     """What a setting is read as, on the command line and in METHOD:FLAG=VALUE."""
     kind = TYPES.get(name) or next(f.type for f in fields(Config) if f.name == name)
     return str if kind is tuple else kind
-
 
 def configure(args, spec, **changes):
     """The Config of a variant such as "lora" or "nalora-mask:keep=0.1,targets=gate_proj+up_proj".
@@ -79,15 +78,14 @@ def configure(args, spec, **changes):
                              f"{key}.") from None
     given |= own | changes
     given |= {"method": method, "targets": list(given.get("targets", Config.targets))}
-    data = Path(given.get("data", train_tiny.DATA))
-    base = str((data if data.is_dir() else train_tiny.DATA) / "base")
+    data = Path(given.get("data", controls.DATA))
+    base = str((data if data.is_dir() else Path(controls.DATA)) / "base")
     defaults = train_tiny.DEFAULTS.get(method, {})
     if given.get("optimizer") == "sgd":
         defaults = {"lr": 0.3}
     values = {"base": base, "threads": args.threads, "device": train_tiny.best_device(args.device),
               **defaults, **controls.PRESETS.get(method, {}), **given}
     return Config(**relevant(values))
-
 
 def relevant(values):
     """The settings without those that have no effect, so that equal runs have equal Configs."""
@@ -109,7 +107,6 @@ def relevant(values):
     return {name: value for name, value in values.items() if name not in idle} | (
         {"targets": list(Config.targets)} if "targets" in idle else {})
 
-
 def variants_of(args):
     """{label: {"method", "spec" (of --methods), "changes" (flags), "value" (of the sweep)}}. A
     method that no value touches occurs once, with the value None."""
@@ -130,7 +127,6 @@ def variants_of(args):
                                "changes": label.partition(":")[2], "value": value}
     return variants
 
-
 def sweep_values(args):
     if not args.values:
         return SWEEPS.get(args.sweep, [""])
@@ -140,58 +136,77 @@ def sweep_values(args):
         raise ValueError(f"--values {' '.join(args.values)}: ranks are whole numbers.")
     return [f"rank={value},alpha={2 * int(value)}" for value in args.values]
 
-
 def grid(args, label):
     """The learning rates that a variant is tuned over: those of every variant, unless it names its
     own ("full:lr=0.002")."""
     config = configure(args, label)
     return [config.lr] if names_rate(label) else args.lrs or TUNING_GRID[config.optimizer]
 
-
 def names_rate(spec):
     return re.search(r"[:,]lr=", spec)
-
 
 def job(args, label, lr, seed, **changes):
     """(folder, Config) of one run."""
     folder = args.out / re.sub(r"[^\w.-]", "-", label) / f"lr{lr:g}-seed{seed}"
     return folder, configure(args, label, lr=lr, seed=seed, **changes)
 
-
 # ---- runs ----------------------------------------------------------------------------------------
-
 
 def save(run, out):
     """The weights of a run of any method. Returns the file."""
     if run.config.method == "full":
-        return train_tiny.save_results(run, out)
-    peer_files.save_adapter(run.model, out / "adapter", run.config.base, asdict(run.config))
+        runs.save_model(run.model, out / "model")
+        return out / "model" / "model.safetensors"
+    peer_files.save_adapter(run.model, out / "adapter", run.config.base)
     return next((out / "adapter").glob("*.safetensors"))
 
+def judge(run):
+    """Shares of held-out equations and of test problems that are right; None without any."""
+    run.model.eval()
+    equations = problems.arithmetic_accuracy(run.model, run.tokenizer, run.equations)
+    exact, _ = other_base.exact_match(run.model, run.tokenizer, run.problems, run.max_new)
+    return {"arithmetic_accuracy": equations, "test_exact_match": exact}
 
-digest = cache(problems.digest)             # a base may be large
-
+@cache                                      # a base may be large
+def digest(data, base):
+    """{file: SHA-256} of what a run on them reads."""
+    config = Config(data=data, base=base)
+    data = Path(data)
+    splits = [data / f"{split}.jsonl" for split in problems.SPLITS]
+    return runs.digest(config, splits if data.is_dir() else [data])
 
 def run_job(out, config, keep):
     """One run of a comparison; what it prints goes to log.txt in its folder. A run whose loss is
     not finite has the summary val_loss null."""
     torch.set_num_threads(config.threads)
     out.mkdir(parents=True, exist_ok=True)
-    device = torch.device(config.device)
-    measures.reset_peak_memory(device)
+    measures.reset_peak_memory(config.device)
     with open(out / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         try:
-            summary = train_tiny.execute(config, out, True, save, controls.METHODS)
-            summary.setdefault("peak_memory_mb", measures.peak_memory_mb(device))
+            summary = finish(config, out)
         except train_tiny.Diverged as e:
             summary = {"val_loss": None, "diverged": str(e),
                        "digest": digest(config.data, config.base)}
-    write_files(out, {"summary.json": summary})
+    write_json(out / "summary.json", summary)
     weights = out / "model" / "model.safetensors"
     for path in [out / "checkpoint.pt"] + [weights] * (not keep):
         path.unlink(missing_ok=True)        # gigabytes for a real model
     return read_summary(out)
 
+def finish(config, out):
+    """Trains a run, from its last checkpoint if there is one, saves and judges it: its summary."""
+    began = time.perf_counter()
+    run = controls.set_up(config)
+    runs.claim(out, run.settings, resume=True)
+    print(runs.describe(run), flush=True)
+    records, times = train_tiny.train(run, out, runs.load_checkpoint(run, out))
+    file = save(run, out)
+    return {"method": config.method, "seed": config.seed, "val_loss": records[-1]["val_loss"],
+            **judge(run), **runs.count_parameters(run), "file_bytes": file.stat().st_size,
+            "digest": run.digest, **runs.machine(),
+            "step_ms": 1000 * statistics.median(times) if times else None,
+            "train_seconds": sum(times), "wall_seconds": time.perf_counter() - began,
+            "peak_memory_mb": measures.peak_memory_mb(config.device)}
 
 def read_summary(out):
     """The summary of a finished run. ValueError if it is something else."""
@@ -205,7 +220,6 @@ def read_summary(out):
                          f"comparison. Delete {out} to run it anew.")
     return summary
 
-
 def finished(out, config):
     """Whether the run in the folder is finished. ValueError if it has other settings."""
     if not (out / "summary.json").exists():
@@ -217,8 +231,7 @@ def finished(out, config):
     if summary.get("digest") != digest(config.data, config.base):
         raise ValueError(f"{out} holds a run on other data or another base than is there now: "
                          "choose another --out.")
-    return "peak_memory_mb" in summary or "val_loss" not in summary or "diverged" in summary
-
+    return True
 
 def run_jobs(jobs, workers, later=0):
     """{name: summary} of {name: (folder, Config, whether its weights are kept)}; finished ones are
@@ -243,7 +256,6 @@ def run_jobs(jobs, workers, later=0):
         print(f"[{len(done)}/{len(jobs)}] {name}: {loss}   about {left:.0f} min left", flush=True)
     return done
 
-
 def job_results(jobs, workers):
     """Yields (name, summary) as the jobs end. One worker: in this process."""
     if workers == 1 or len(jobs) < 2:
@@ -262,7 +274,6 @@ def job_results(jobs, workers):
         finally:
             pool.shutdown(cancel_futures=True)
 
-
 def follow_parent():
     """Ends this worker at Ctrl-C and when the program that started it is killed: none is left to
     write into a run that is resumed."""
@@ -278,9 +289,7 @@ def follow_parent():
     signal.signal(signal.SIGINT, interrupted)
     threading.Thread(target=watch, daemon=True).start()
 
-
 # ---- the protocol --------------------------------------------------------------------------------
-
 
 def tune(args, variants):
     """{label: {learning rate: mean validation loss over the tuning seeds, None where one diverged
@@ -304,11 +313,10 @@ def tune(args, variants):
                              "--lrs.")
     return losses
 
-
 def lowest(losses):
-    """The learning rate of lowest loss; one that diverged (None) is never chosen."""
-    return min(losses, key=lambda lr: math.inf if losses[lr] is None else losses[lr])
-
+    """The learning rate of lowest loss, never one that diverged (None); the only one, if so."""
+    there = {lr: loss for lr, loss in losses.items() if loss is not None} or losses
+    return min(there, key=there.get)
 
 def compare(args):
     """Tunes, runs, measures, writes comparison.json, .csv, .md and figures to args.results. Goes
@@ -337,15 +345,14 @@ def compare(args):
         "tuning_seeds": args.tuning_seeds, "base": base, "rows": rows,
         "configuration": asdict(shown), "step_time": step_times(args, variants, jobs, summaries),
         "machine": measures.machine()})
-    write_files(args.results, {"comparison.json": result})
+    write_json(args.results / "comparison.json", result)
     result = read_json(args.results / "comparison.json")
-    write_files(args.results, {"comparison.csv": report.csv_text(rows),
-                               "comparison.md": report.markdown(result)})
+    write_text(args.results / "comparison.csv", report.csv_text(rows))
+    write_text(args.results / "comparison.md", report.markdown(result))
     figures.draw_comparison(result, args.results)
     if not args.sweep and "nalora" in variants:
         draw_at_work(args, variants["nalora"]["lr"], jobs)
     print(f"\n{report.markdown(result)}\nwritten to {args.results}")
-
 
 def draw_at_work(args, lr, jobs):
     """at_work.png: two runs are trained anew for it, so it is kept in args.out."""
@@ -356,7 +363,6 @@ def draw_at_work(args, lr, jobs):
                   for m, name in names.items() if name in jobs}     # one rate: paths are compared
         figures.draw_at_work(traces, configure(args, "nalora").keep, figure)
     write_files(args.results, {"at_work.png": figure.read_bytes()})
-
 
 def step_times(args, variants, jobs, summaries):
     """{label: its step time / LoRA's}, in alternation in this process; kept in args.out, since
@@ -372,12 +378,10 @@ def step_times(args, variants, jobs, summaries):
             print(f"timing the steps of {label}", flush=True)
             own = jobs[f"{label} seed={args.seeds[0]}"][1]
             known[label] = measures.step_time_ratio(jobs[lora][1], own, pairs)
-            write_files(args.out, {path.name: known})
+            write_json(path, known)
     return {label: known[label] for label in variants}
 
-
 # ---- the command line ----------------------------------------------------------------------------
-
 
 def command_line():
     parser = argparse.ArgumentParser(prog="python -m evidence.compare", description=__doc__,
@@ -398,18 +402,16 @@ def command_line():
     add_settings(parser, without=("lr",))
     return parser
 
-
 def add_settings(parser, without=()):
     group = parser.add_argument_group("settings of every variant (default: train_tiny.py's)")
     for f in fields(Config):
         flag = f"--{f.name.replace('_', '-')}"
         if f.name == "targets":
             group.add_argument(flag, nargs="+")
-        elif f.name not in ("method", "seed", "ranks", *without):
+        elif f.name not in ("method", "seed", *without):
             choices = {**controls.CHOICES, "optimizer": TUNING_GRID}.get(f.name)
             group.add_argument(flag, type=field_type(f.name), choices=choices,
                                metavar=None if choices else f.name.upper())
-
 
 def check(args):
     """Fills in what depends on other flags. ValueError on values that make no sense."""
@@ -427,7 +429,6 @@ def check(args):
     args.threads = args.threads or 1
     args.results = args.results or args.out
 
-
 def main(argv=None):
     """The exit code: 0, or 2 with one sentence for input that cannot be used."""
     args = command_line().parse_args(argv)
@@ -442,7 +443,6 @@ def main(argv=None):
               "to go on.", file=sys.stderr)
         return 130
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())

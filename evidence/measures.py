@@ -2,7 +2,6 @@
 import contextlib
 import copy
 import itertools
-import json
 import math
 import os
 import platform
@@ -10,6 +9,7 @@ import re
 import statistics
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,25 +17,17 @@ from safetensors.torch import load_file
 
 import train_tiny
 from data import problems
-from evidence import controls, peer_files, peers
-from nalora import (
-    GatedFFN,
-    Llama,
-    effective_homogeneity,
-    merge_lora,
-    read_json,
-    selection_weight,
-    value_and_slope,
-    widen,
-    write_files,
-)
+from data.runs import read_json, read_records
+from evidence import controls, other_base, peer_files, peers
+from evidence.common import write_json
+from nalora import (GatedFFN, Llama, effective_homogeneity, merge_lora, selection_weight,
+                    value_and_slope, widen)
 
 # what a row of comparison.json takes from a run's summary.json
 KEPT = ("val_loss", "test_exact_match", "arithmetic_accuracy", "trainable_parameters",
         "peak_memory_mb", "file_bytes", "step_ms", "train_seconds")
 
 # ---- measures of selection (ours) ----------------------------------------------------------------
-
 
 def selection_misalignment(act, z, z_full, z_base):
     """M = ||rho(z) - rho(z_full)|| / ||rho(z_full) - rho(z_base)||, 0-dim: gates of one layer on
@@ -48,7 +40,6 @@ def selection_misalignment(act, z, z_full, z_base):
         raise ValueError("Full fine-tuning moved no selection weight here: M is 0/0.")
     return (rho - rho_full).norm() / moved
 
-
 def selection_entropy(act, z):
     """H = -sum p log p / log F in [0, 1], 0-dim, of z (tokens, F), p_c ~ mean |phi'(z_c)| rho(z_c).
     1: all channels respond alike."""
@@ -56,11 +47,9 @@ def selection_entropy(act, z):
     p = (value_and_slope(act, z)[1].abs() * selection_weight(act, z)).mean(0).clamp(min=0)  # (F,)
     return torch.special.entr(p / p.sum()).sum() / math.log(len(p))
 
-
 def cosine(a, b):
     return torch.nn.functional.cosine_similarity(a.flatten().double(), b.flatten().double(),
                                                  dim=0).item()
-
 
 @torch.no_grad()
 def answer_gates(model, batches, limit=4000):
@@ -70,12 +59,10 @@ def answer_gates(model, batches, limit=4000):
     found = {name: [] for name, ffn in model.named_modules() if isinstance(ffn, GatedFFN)}
     seen = {}
 
-    def hook_of(name):
-        def hook(linear, inputs, z):
-            seen[name] = z
-        return hook
+    def keep(name, linear, inputs, z):
+        seen[name] = z
 
-    handles = [model.get_submodule(name).gate_proj.register_forward_hook(hook_of(name))
+    handles = [model.get_submodule(name).gate_proj.register_forward_hook(partial(keep, name))
                for name in found]
     for tokens, targets, _ in batches:
         model(tokens)
@@ -85,7 +72,6 @@ def answer_gates(model, batches, limit=4000):
         handle.remove()
     return {name: torch.cat(parts) for name, parts in found.items()}
 
-
 def observe(model, batches):
     """{FFN name: (gates on answer tokens (N, F), gate weight (F, hidden), activation)}."""
     gates = answer_gates(model, batches)
@@ -93,11 +79,11 @@ def observe(model, batches):
     return {name: (gates[name], ffn.gate_proj.weight.detach(), ffn.act_fn)
             for name, ffn in ffns.items()}
 
-
 def centred(act):
     """phi(z) - phi(0): phi itself, but for NoRA, which moves phi(0) and would give rho a pole."""
-    return lambda z: act(z) - act(torch.zeros_like(z))
-
+    def shifted(z):
+        return act(z) - act(torch.zeros_like(z))
+    return shifted
 
 def selection_measures(model, base, full):
     """{column: [value per FFN]} from what `observe` saw of the model, the base and the fully
@@ -121,9 +107,7 @@ def selection_measures(model, base, full):
         columns["weight_cosine"].append(cosine(weight - weight_base, weight_full - weight_base))
     return columns
 
-
 # ---- the models of a comparison ------------------------------------------------------------------
-
 
 def trained_model(out):
     """The model of a finished run, its adapter merged."""
@@ -134,7 +118,6 @@ def trained_model(out):
     peer_files.load_adapter(model, out / "adapter")
     return merged(model, config["method"])
 
-
 def merged(model, method):
     """The model with what a method trained merged into its weights, as far as they can hold it.
     ValueError, with nothing changed, if they cannot."""
@@ -143,7 +126,6 @@ def merged(model, method):
     elif method not in ("full", "nora"):
         peers.merge(model)
     return model
-
 
 @torch.no_grad()
 def truncated(full, base, targets, rank):
@@ -161,16 +143,26 @@ def truncated(full, base, targets, rank):
             linear.weight += delta
     return model
 
-
 def held_out_text(base, run):
     """Windows (B, T) to measure forgetting on: held-out pre-training text for the toy; for another
     base text that it writes itself at temperature 1, where the increase of the loss estimates
     KL(base || tuned)."""
-    if not isinstance(run.tokenizer, problems.CheckpointTokenizer):
-        return problems.text_windows(run.tokenizer, train_tiny.DATA / "pretrain_val.txt")
+    if not isinstance(run.tokenizer, other_base.CheckpointTokenizer):
+        return problems.text_windows(run.tokenizer, problems.DATA / "pretrain_val.txt")
     start = torch.full((32, 1), (run.tokenizer.opening or [run.tokenizer.eot_token])[0])
-    return base.generate(start, 128, temperature=1.0, generator=torch.Generator().manual_seed(0))
+    return written(base, start, 128)
 
+@torch.no_grad()
+def written(model, tokens, length):
+    """What the model writes after tokens (B, T) at temperature 1, (B, T + length)."""
+    generator = torch.Generator().manual_seed(0)
+    cache = [[] for _ in range(model.config.num_hidden_layers)]
+    new = tokens
+    for _ in range(length):
+        odds = model(new, cache=cache)[0][:, -1].float().softmax(-1)    # (B, vocab)
+        new = torch.multinomial(odds, 1, generator=generator)           # (B, 1)
+        tokens = torch.cat((tokens, new), dim=1)
+    return tokens
 
 class Bench:
     """What all models of a comparison are measured on."""
@@ -193,10 +185,8 @@ class Bench:
         with self.run.autocast:
             return problems.mean_loss(model.to(self.run.device), self.run.validation)
 
-
 def means(layers):
     return {column: statistics.mean(values) for column, values in layers.items()}
-
 
 def measure(config, variants, jobs, summaries, seeds, results, sweep):
     """(one row per variant and seed, what the base measures). A row without selection columns: no
@@ -231,7 +221,6 @@ def measure(config, variants, jobs, summaries, seeds, results, sweep):
             rows += reference_rows(bench, references, seen, jobs, summaries, seeds, seed, lora)
     return rows, measured_base(bench)
 
-
 def full_reference(variants, label):
     """The full fine-tuning that a variant is measured against: at its value of the sweep."""
     for other, v in variants.items():
@@ -239,17 +228,15 @@ def full_reference(variants, label):
             return other
     return None
 
-
 def measured_model(out, bench, reference, full_seen):
     """The content of out/measures.json, made if there is none, or one against another reference."""
     path = out / "measures.json"
     if not path.exists() or read_json(path).get("reference", "") != reference:
         model = trained_model(out)
         layers = selection_measures(bench.observe(model), bench.base_seen, full_seen)
-        write_files(out, {path.name: {"reference": reference, "layers": layers,
-                                      "text_loss_increase": bench.forgetting(model)}})
+        write_json(path, {"reference": reference, "layers": layers,
+                          "text_loss_increase": bench.forgetting(model)})
     return read_json(path)
-
 
 def reference_rows(bench, references, seen, jobs, summaries, seeds, seed, lora):
     """Rows on full fine-tuning itself: another seed of it, and the parts of its change."""
@@ -270,7 +257,6 @@ def reference_rows(bench, references, seen, jobs, summaries, seeds, seed, lora):
                      "val_loss": bench.val_loss(model), "layers": layers, **means(layers)})
     return rows
 
-
 def measured_base(bench):
     run = bench.run
     layers = selection_measures(bench.base_seen, bench.base_seen, None)
@@ -282,10 +268,9 @@ def measured_base(bench):
         row["arithmetic_accuracy"] = problems.arithmetic_accuracy(bench.base, run.tokenizer,
                                                                  run.equations)
     if run.problems:
-        row["test_exact_match"], _ = problems.exact_match(bench.base, run.tokenizer, run.problems,
-                                                          run.max_new)
+        row["test_exact_match"], _ = other_base.exact_match(bench.base, run.tokenizer,
+                                                            run.problems, run.max_new)
     return row
-
 
 def rows_moved(out):
     """Share of the rows of B_gate that are not zero as at the start, mean over FFNs, or None."""
@@ -295,19 +280,17 @@ def rows_moved(out):
               if name.endswith("gate_proj.lora_B.weight")]
     return statistics.mean(shares) if shares else None
 
-
 def history(out):
     """[[step, [k_hat per FFN], [scale per FFN]], ...] of a NA-LoRA run, else []."""
-    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [record for record in map(json.loads, lines) if "layers" in record]
     found = []
-    for record in records:
+    for record in read_records(out):
+        if "layers" not in record:
+            continue
         layers = list(record["layers"].values())
         if None not in [layer["k_hat"] for layer in layers]:
             found.append([record["step"], *([layer[key] for layer in layers]
                                             for key in ("k_hat", "scale"))])
     return found
-
 
 def trace(c):
     """Trains by a Config, writes nothing. {"importance": {FFN: at about 50 moments (50, F)},
@@ -322,15 +305,13 @@ def trace(c):
         for name, p in rows.items():
             travel[name] = travel[name] + (p.detach() - before[name]).norm(dim=1)
             before[name] = p.detach().clone()
-        if hasattr(run.optimizer, "nalora") and step % max(1, c.steps // 50) == 0:
-            for name, s in run.optimizer.nalora.statistics().items():
-                importance[name].append(s["importance"].numpy())
+        if run.nalora and step % max(1, c.steps // 50) == 0:
+            for ffn in run.nalora.ffns:
+                importance[ffn.name].append(ffn.state.importance.numpy())
     return {"importance": importance, "steps": c.steps,
             "travel": {name: t.numpy() for name, t in travel.items()}}
 
-
 # ---- time and memory -----------------------------------------------------------------------------
-
 
 def machine():
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -339,18 +320,16 @@ def machine():
             "cores": os.cpu_count(), "system": platform.system(),
             "python": platform.python_version(), "torch": torch.__version__}
 
-
 def reset_peak_memory(device):
-    if device.type == "cuda":
+    if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
         with contextlib.suppress(OSError):  # Linux: the high-water mark starts anew for this run
             Path("/proc/self/clear_refs").write_text("5")
 
-
 def peak_memory_mb(device):
     """Of the GPU's allocator on CUDA, of the process on Linux and macOS, else NaN."""
-    if device.type == "cuda":
+    if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
     with contextlib.suppress(OSError, TypeError):
         status = Path("/proc/self/status").read_text()
@@ -360,7 +339,6 @@ def peak_memory_mb(device):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     return math.nan
 
-
 def timed(function, *args):
     """(seconds, what function(*args) gives)."""
     start = time.perf_counter()
@@ -368,7 +346,6 @@ def timed(function, *args):
     if torch.cuda.is_available():
         torch.cuda.synchronize()            # so that the clock sees all of it
     return time.perf_counter() - start, value
-
 
 def in_alternation(loops, rounds):
     """{name: [(seconds, what next(loop) gives), ...]} of training loops: in every round each makes
@@ -378,7 +355,6 @@ def in_alternation(loops, rounds):
         for name in list(loops)[::1 if round_ % 2 else -1]:
             steps[name].append(timed(next, loops[name]))
     return steps
-
 
 def step_time_ratio(config, other, pairs):
     """Median over `pairs` of (step time of `other`) / (step time of `config`), in alternation, in

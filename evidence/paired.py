@@ -6,27 +6,16 @@ import numpy as np
 
 # table: {column of a run: (title, digits)}
 COLUMNS = {
-    "results": {
-        "val_loss": ("validation loss", 4),
-        "test_exact_match": ("exact match", 3),
-        "text_loss_increase": ("forgetting: text loss", 3),
-        "arithmetic_accuracy": ("held-out equations", 3),
-    },
-    "selection": {
-        "misalignment": ("misalignment M", 3),
-        "shift_cosine": ("selection-shift cosine", 3),
-        "weight_cosine": ("weight cosine", 3),
-        "entropy": ("selection entropy", 4),
-        "rows_moved": ("gate rows moved", 2),
-    },
-}
+    "results": {"val_loss": ("validation loss", 4), "test_exact_match": ("exact match", 3),
+                "text_loss_increase": ("forgetting: text loss", 3),
+                "arithmetic_accuracy": ("held-out equations", 3)},
+    "selection": {"misalignment": ("misalignment M", 3),
+                  "shift_cosine": ("selection-shift cosine", 3),
+                  "weight_cosine": ("weight cosine", 3), "entropy": ("selection entropy", 4),
+                  "rows_moved": ("gate rows moved", 2)}}
 # what is compared seed by seed
-DIFFERENCES = {
-    **COLUMNS["results"],
-    "misalignment": COLUMNS["selection"]["misalignment"],
-}
+DIFFERENCES = {**COLUMNS["results"], "misalignment": COLUMNS["selection"]["misalignment"]}
 HIGHER_IS_BETTER = ("test_exact_match", "arithmetic_accuracy")
-
 
 def bootstrap_interval(values, resamples=10_000):
     """(low, high) of the 95 % percentile bootstrap interval of the mean of the values (N,)."""
@@ -35,33 +24,25 @@ def bootstrap_interval(values, resamples=10_000):
     low, high = np.percentile(values[picks].mean(axis=1), [2.5, 97.5])
     return float(low), float(high)
 
-
 def by_seed(comparison, label, column):
     """{seed: value} of a variant; seeds where the column was not measured are missing."""
-    return {
-        row["seed"]: row[column]
-        for row in comparison["rows"]
-        if row["variant"] == label and row.get(column) is not None
-    }
-
+    return {row["seed"]: row[column] for row in comparison["rows"]
+            if row["variant"] == label and row.get(column) is not None}
 
 def paired_difference(ours, theirs):
     """(mean, low, high, in how many seeds its sign is the mean's) of ours - theirs, {seed: value}
     each, over their common seeds. ValueError if there are fewer than two."""
     seeds = sorted(set(ours) & set(theirs))
     if len(seeds) < 2:
-        raise ValueError(
-            f"A paired difference needs two seeds in common; here there are {len(seeds)}."
-        )
+        raise ValueError("A paired difference needs two seeds in common; here there are "
+                         f"{len(seeds)}.")
     differences = [ours[seed] - theirs[seed] for seed in seeds]
     mean = statistics.mean(differences)
     return (mean, *bootstrap_interval(differences), sum(d * mean > 0 for d in differences))
 
-
 def base_name(comparison):
     path = Path(comparison["base"]["path"])
     return "toy" if path.parts[-2:] == ("data", "base") else path.name
-
 
 def sweep_title(comparison):
     """What a column or a panel of several sweeps is headed by, such as "toy, AdamW"."""

@@ -1,84 +1,62 @@
 """Figures, tables, the report, and the benchmark."""
-
 import importlib.util
 import json
 import math
 import re
-import sys
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # pytest may be started anywhere
-
+import train_tiny
+from data import problems, runs
 from evidence import bench, board, compare, figures, paired, report
+from evidence.conftest import HERE, README, small_llama
 from evidence.test_compare import comparison_arguments
-from nalora import (
-    Llama,
-    LlamaConfig,
-)
-from test_nalora import (
-    HERE,
-    base,  # noqa: F401
-    one_thread,  # noqa: F401
-    tiny_pretraining,  # noqa: F401
-)
 
-RESULTS = HERE / "evidence" / "results"
-README = (HERE / "evidence" / "README.md").read_text(encoding="utf-8")
-
+RESULTS = HERE / "results"
+interop = pytest.mark.skipif(not all(map(importlib.util.find_spec, ("peft", "transformers"))),
+                             reason="needs peft and transformers")
 
 # ---- figures: what they hold, not their bytes ----
-
 
 def figure_of(monkeypatch, draw, *args):
     """The figure that draw(*args, path) would save."""
     found = []
+
+    def keep(figure, path):
+        found.append(figure)
+
     for module in (board, figures):
-        monkeypatch.setattr(module, "save_figure", lambda figure, path: found.append(figure))
+        monkeypatch.setattr(module, "save_figure", keep)
     draw(*args, Path("unused.png"))
     return found[0]
 
-
 def committed(name):
     return json.loads((RESULTS / name / "comparison.json").read_text())
-
 
 def test_the_figure_of_activations(monkeypatch):
     *_, kappa = axes = figure_of(monkeypatch, board.draw_activations).axes
     z = np.linspace(-5, 5, 1001)
     sigmoid = 1 / (1 + np.exp(-z))
-    for ax, y in zip(
-        axes, (z * sigmoid, sigmoid, sigmoid * (1 + z * (1 - sigmoid)), 1 + z * (1 - sigmoid))
-    ):
+    curves = (z * sigmoid, sigmoid, sigmoid * (1 + z * (1 - sigmoid)), 1 + z * (1 - sigmoid))
+    for ax, y in zip(axes, curves):
         silu = next(line for line in ax.get_lines() if line.get_label() == "SiLU")
         np.testing.assert_allclose(silu.get_ydata(), y, atol=1e-4)
     texts = {text.get_text().split(":")[0]: text.get_position() for text in kappa.texts}
-    assert (
-        texts["κ > 1"][0] > 0
-        and texts["κ > 1"][1] > 1
-        and texts["κ < 1"][0] < 0
-        and texts["κ < 1"][1] < 1
-    )
-
+    assert texts["κ > 1"][0] > 0 and texts["κ > 1"][1] > 1
+    assert texts["κ < 1"][0] < 0 and texts["κ < 1"][1] < 1
 
 def test_the_board_figure_shows_rows_that_move_and_rows_that_do_not(monkeypatch):
     (ax,) = figure_of(monkeypatch, board.draw_board).axes
     rows = [patch for patch in ax.patches if patch.get_height() < 0.3]
     colours = [patch.get_facecolor() for patch in rows]
-    assert (
-        len(rows) == 24
-        and len(set(colours[:8])) == 2
-        and len(set(colours[8:])) == 1
-        and colours[8] in colours[:8]
-    )
+    assert len(rows) == 24 and len(set(colours[:8])) == 2 and len(set(colours[8:])) == 1
+    assert colours[8] in colours[:8]
     said = " ".join(text.get_text() for text in ax.texts)
-    assert all(
-        word in said
-        for word in ("W_{gate}", "W_{up}", "W_{down}", "φ'(z)", "1/k̂", "optimizer.step()")
-    )
-
+    for word in ("W_{gate}", "W_{up}", "W_{down}", "φ'(z)", "1/k̂", "optimizer.step()"):
+        assert word in said
 
 def test_the_figure_of_differences(monkeypatch):
     toy = committed("toy")
@@ -87,16 +65,12 @@ def test_the_figure_of_differences(monkeypatch):
     colours = set()
     for ax, column in zip(figure.axes, paired.DIFFERENCES):
         lora = paired.by_seed(toy, "lora", column)
-        means = {
-            line.get_ydata()[0]: line
-            for line in ax.get_lines()
-            if len(line.get_xdata()) == 1 and line.get_marker() == "o"
-        }
+        means = {line.get_ydata()[0]: line for line in ax.get_lines()
+                 if len(line.get_xdata()) == 1 and line.get_marker() == "o"}
         for y, label in enumerate(labels):
             if y in means:
-                mean, low, high, _ = paired.paired_difference(
-                    paired.by_seed(toy, label, column), lora
-                )
+                own = paired.by_seed(toy, label, column)
+                mean, low, high, _ = paired.paired_difference(own, lora)
                 assert means[y].get_xdata()[0] == pytest.approx(mean)
                 better = (mean > 0) == (column in paired.HIGHER_IS_BETTER)
                 colour = "#999999" if low <= 0 <= high else "#0072B2" if better else "#D55E00"
@@ -105,40 +79,32 @@ def test_the_figure_of_differences(monkeypatch):
         better = "better →" if column in paired.HIGHER_IS_BETTER else "← better"
         assert ax.get_xlabel().endswith(better)
         assert means and ax.get_title() == paired.DIFFERENCES[column][0]
-    assert len(colours) == 3 and [t.get_text() for t in figure.axes[0].get_yticklabels()] == [
-        figures.in_words(label) for label in labels
-    ]
-
+    assert len(colours) == 3
+    shown = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert shown == list(map(figures.in_words, labels))
 
 def test_figures_speak_in_words():
     assert figures.in_words("nalora-mask:score=rho_prime") == "mask alone, by |ρ'|"
-    assert (
-        figures.in_words("nalora-dora") == "NA-LoRA on DoRA"
-        and figures.in_words("lora:rank=2,alpha=4") == "LoRA, rank 2, alpha 4"
-    )
+    assert figures.in_words("nalora-dora") == "NA-LoRA on DoRA"
+    assert figures.in_words("lora:rank=2,alpha=4") == "LoRA, rank 2, alpha 4"
     assert all(figures.in_words(method) != method for method in compare.METHODS)
-
 
 def test_the_figure_of_a_sweep(monkeypatch):
     sweep = committed("keep-adamw")
-    figure = figure_of(monkeypatch, lambda path: figures.draw_sweeps([sweep], path))
-    ax = figure.axes[0]
+    ax = figure_of(monkeypatch, figures.draw_one_sweep, sweep).axes[0]
     line = next(line for line in ax.get_lines() if line.get_label() == "mask alone, by |φ'|")
-    expected = [
-        np.mean(list(paired.by_seed(sweep, f"nalora-mask:keep={k}", "val_loss").values()))
-        for k in (0.05, 0.1, 0.25, 0.5)
-    ]
-    np.testing.assert_allclose(line.get_ydata(), expected)
+    losses = [paired.by_seed(sweep, f"nalora-mask:keep={k}", "val_loss")
+              for k in (0.05, 0.1, 0.25, 0.5)]
+    np.testing.assert_allclose(line.get_ydata(), [np.mean(list(x.values())) for x in losses])
     lines = [line for line in ax.get_lines() if len(line.get_xdata()) == 4]
-    few = figure_of(
-        monkeypatch,
-        lambda path: figures.draw_sweeps([sweep], path, ["val_loss"], figures.README_MASKS),
-    )
-    (one,) = few.axes  # README's: loss alone
-    labels = {line.get_label() for line in one.get_lines() if line.get_label()[0] != "_"}
-    assert labels == {figures.in_words(method) for method in figures.README_MASKS}
     assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(lines) > 5
 
+    def draw(path):                         # README's: loss alone
+        figures.draw_sweeps([sweep], path, ["val_loss"], figures.README_MASKS)
+
+    (one,) = figure_of(monkeypatch, draw).axes
+    labels = {line.get_label() for line in one.get_lines() if line.get_label()[0] != "_"}
+    assert labels == {figures.in_words(method) for method in figures.README_MASKS}
 
 def test_the_figures_of_training_alignment_and_homogeneity(monkeypatch):
     toy = committed("toy")
@@ -150,34 +116,28 @@ def test_the_figures_of_training_alignment_and_homogeneity(monkeypatch):
             np.testing.assert_allclose(ax.get_lines()[i].get_ydata(), expected)
     left, right = figure_of(monkeypatch, figures.draw_alignment, toy).axes
     lines = {line.get_label(): line for line in right.get_lines()}
-    np.testing.assert_allclose(
-        lines["NA-LoRA"].get_ydata(), figures.layer_means(toy, "nalora", "misalignment")
-    )
+    np.testing.assert_allclose(lines["NA-LoRA"].get_ydata(),
+                               figures.layer_means(toy, "nalora", "misalignment"))
     lines = {line.get_label(): line for line in left.get_lines()}
-    np.testing.assert_allclose(
-        lines["LoRA"].get_xdata(), figures.layer_means(toy, "lora", "weight_cosine")
-    )
-    (ax,) = figure_of(monkeypatch, lambda path: figures.draw_homogeneity([toy], path)).axes
+    np.testing.assert_allclose(lines["LoRA"].get_xdata(),
+                               figures.layer_means(toy, "lora", "weight_cosine"))
+    (ax,) = figure_of(monkeypatch, figures.draw_one_homogeneity, toy).axes
     lines = {line.get_label(): line for line in ax.get_lines()}
     np.testing.assert_allclose(lines["base"].get_ydata(), toy["base"]["layers"]["k_hat"])
-    np.testing.assert_allclose(
-        lines["full fine-tuning"].get_ydata(), figures.layer_means(toy, "full", "k_hat")
-    )
-
+    np.testing.assert_allclose(lines["full fine-tuning"].get_ydata(),
+                               figures.layer_means(toy, "full", "k_hat"))
 
 def test_the_figure_of_nalora_at_work(monkeypatch):
     rng = np.random.default_rng(0)
     names = ["model.layers.0.mlp", "model.layers.1.mlp"]
     importance = {name: list(rng.random((5, 12))) for name in names}
     travel = {method: {name: rng.random(12) for name in names} for method in ("lora", "nalora")}
-    traces = {
-        "lora": {"travel": travel["lora"]},
-        "nalora": {"importance": importance, "travel": travel["nalora"], "steps": 50},
-    }
-    draw = figures.draw_at_work
-    figure = figure_of(monkeypatch, lambda path: draw(traces, 0.25, path))
+    traces = {"lora": {"travel": travel["lora"]},
+              "nalora": {"importance": importance, "travel": travel["nalora"], "steps": 50}}
+    figure = figure_of(monkeypatch, figures.draw_at_work, traces, 0.25)
     for i, name in enumerate(names):
-        top, bottom = figure.axes[i], figure.axes[2 + i]
+        top = figure.axes[i]
+        bottom = figure.axes[2 + i]
         order = np.argsort(-importance[name][-1])
         image = top.get_images()[0]
         np.testing.assert_allclose(image.get_array(), np.array(importance[name])[:, order].T)
@@ -187,51 +147,36 @@ def test_the_figure_of_nalora_at_work(monkeypatch):
         np.testing.assert_allclose(lines["LoRA"], travel["lora"][name][order])
         np.testing.assert_allclose(lines["NA-LoRA"], travel["nalora"][name][order])
 
-
 # ---- the report and the benchmark ----
 
+def here(function, *args):
+    return function(*args)
+
+def not_found(name):
+    return None
 
 def test_the_benchmark_measures_the_same_work(base, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "in_new_process", lambda function, *args: function(*args))
-    monkeypatch.setattr(
-        bench.importlib.util, "find_spec", lambda name: None
-    )  # PEFT's turn is in the interoperability tests
-    flags = [
-        "--base",
-        str(base),
-        "--threads",
-        "1",
-        "--test-size",
-        "2",
-        "--batch-size",
-        "4",
-        "--results",
-        str(tmp_path),
-    ]
+    monkeypatch.setattr(bench, "in_new_process", here)
+    monkeypatch.setattr(bench.importlib.util, "find_spec", not_found)       # without PEFT
+    small = {"hidden_size": 32, "intermediate_size": 48}
+    monkeypatch.setattr(train_tiny, "TINY", {**train_tiny.TINY, **small})
+    flags = ["--base", str(base), "--threads", "1", "--test-size", "2", "--batch-size", "4",
+             "--results", str(tmp_path)]
     assert bench.main([*flags, "--rounds", "1"]) == 2 and "at least two" in capsys.readouterr().err
     assert bench.main([*flags, "--rounds", "3"]) == 0
     b = json.loads((tmp_path / "bench.json").read_text())
     rows = {row["name"]: row for row in b["rows"]}
     assert list(rows) == ["full", "lora", "nalora"] and rows["lora"]["ratio"] == [1, 1, 1]
-    assert (
-        len({f"{row['first_loss']:.4f}" for row in rows.values()}) == 1
-    )  # B = 0: the base model's loss on the same batch
-    assert all(
-        0 < row["share_of_matmul_peak"] < 1
-        and row["step_ms"][0] <= row["step_ms"][2]
-        and row["peak_memory_mb"][0] > 50
-        for row in rows.values()
-    )
-    assert (
-        all(s["lora"] > 0 and s["nalora"] > 0 for s in b["sizes"]) and b["generation_seconds"] > 0
-    )
-    profile = b["profile"][
-        "nalora"
-    ]  # shares of a step, the largest first; which is largest depends on the load
-    assert (
-        list(profile.values()) == sorted(profile.values(), reverse=True)
-        and 0.1 < sum(profile.values()) <= 1
-    )
+    first = {f"{row['first_loss']:.4f}" for row in rows.values()}
+    assert len(first) == 1                  # B = 0: the base model's loss on the same batch
+    for row in rows.values():
+        assert 0 < row["share_of_matmul_peak"] < 1 and row["step_ms"][0] <= row["step_ms"][2]
+        assert row["peak_memory_mb"][0] > 50
+    assert all(s["lora"] > 0 and s["nalora"] > 0 for s in b["sizes"])
+    assert b["generation_seconds"] > 0
+    profile = b["profile"]["nalora"]        # shares of a step; which is largest depends on the load
+    shares = list(profile.values())
+    assert shares == sorted(shares, reverse=True) and 0.1 < sum(shares) <= 1
     assert {"aten::mm", "Optimizer.step#AdamW.step"} <= set(profile)
     for table in report.bench_tables(b).values():
         assert table in (tmp_path / "bench.md").read_text()
@@ -240,37 +185,23 @@ def test_the_benchmark_measures_the_same_work(base, tmp_path, capsys, monkeypatc
     text = "<!-- sizes of results -->\nold\n<!-- end -->"
     assert report.bench_tables(b)["sizes"] in report.with_tables(text, tmp_path)
 
-
 def test_the_tables_of_the_readme_are_those_of_the_results():
     assert report.with_tables(README, RESULTS) == README
-    tables = [
-        RESULTS / name / "comparison.md"
-        for names in re.findall(r"<!-- \w+ of ([\w -]+) -->", README)
-        for name in names.split()
-        if not name.startswith("bench")
-    ]
-    assert tables
-    for path in tables:
-        assert path.read_text(encoding="utf-8") == report.markdown(
-            json.loads(path.with_suffix(".json").read_text())
-        ), path
-    everything = {
-        path.parent.name: path.read_text(encoding="utf-8")
-        for path in (RESULTS).glob("*/comparison.md")
-    }
-    for section in re.split(
-        r"\n##+ ", README
-    ):  # an interval stands in a table of a comparison that its section names, if it names one
-        named = [
-            text
-            for name, text in everything.items()
-            if re.search(rf"results/{name}(?![\w-])", section)
-        ] or everything.values()
-        for interval in re.findall(r"[+-]\d\.\d+ \[[^]]*\d\]", section):
-            assert any(interval in text for text in named), (
-                f"{interval} is in no table of results/ that {section.splitlines()[0]!r} names"
-            )
+    everything = {path.parent.name: path.read_text(encoding="utf-8")
+                  for path in RESULTS.glob("*/comparison.md")}
+    assert everything
+    for name, text in everything.items():
+        assert text == report.markdown(committed(name)), name
 
+def test_the_intervals_of_the_readme_stand_in_tables():
+    """Of a comparison that the section names, if it names one."""
+    everything = {path.parent.name: path.read_text(encoding="utf-8")
+                  for path in RESULTS.glob("*/comparison.md")}
+    for section in re.split(r"\n##+ ", README):
+        named = [text for name, text in everything.items()
+                 if re.search(rf"results/{name}(?![\w-])", section)] or everything.values()
+        for interval in re.findall(r"[+-]\d\.\d+ \[[^]]*\d\]", section):
+            assert any(interval in text for text in named), (interval, section.splitlines()[0])
 
 def test_what_is_no_comparison_is_refused(tmp_path, capsys):
     (tmp_path / "x").mkdir()
@@ -278,68 +209,44 @@ def test_what_is_no_comparison_is_refused(tmp_path, capsys):
     assert report.main(["--results", str(tmp_path), "--readme", str(tmp_path / "README.md")]) == 2
     assert "no comparison of this program" in capsys.readouterr().err
 
-
 def test_the_readme_of_the_evidence_names_what_exists():
     for path in re.findall(r"\]\((?!http|#)([^)#]+)", README):
-        assert (HERE / "evidence" / path).exists(), path
+        assert (HERE / path).exists(), path
     parser = compare.command_line()
-    import shlex
-
     for command in re.findall(r"python -m evidence.compare ([^#`\n]*)", README):
         parser.parse_args(shlex.split(command.replace("...", "")))
 
+@interop
+def test_interop_the_benchmark_gives_peft_the_same_work(base):
+    args = compare.command_line().parse_args(comparison_arguments(base, "unused"))
+    compare.check(args)
+    config = compare.configure(args, "lora")
+    ours, _ = bench.our_loop(config)
+    theirs, _ = bench.peft_loop(config)
+    loss, count = next(ours)
+    their_loss, their_count = next(theirs)
+    assert loss == pytest.approx(their_loss, rel=1e-5) and count == their_count
 
-if importlib.util.find_spec("peft") and importlib.util.find_spec("transformers"):
+@interop
+def test_interop_a_comparison_of_a_checkpoint_with_its_own_tokenizer(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
 
-    def test_interop_the_benchmark_gives_peft_the_same_work(base):
-        args = compare.command_line().parse_args(comparison_arguments(base, "unused"))
-        compare.check(args)
-        config = compare.configure(args, "lora")
-        (ours, _), (theirs, _) = bench.our_loop(config), bench.peft_loop(config)
-        (loss, count), (their_loss, their_count) = next(ours), next(theirs)
-        assert loss == pytest.approx(their_loss, rel=1e-5) and count == their_count
-
-    def test_interop_a_comparison_of_a_checkpoint_with_its_own_tokenizer(tmp_path):
-        from tokenizers import Tokenizer, models, pre_tokenizers
-        from transformers import PreTrainedTokenizerFast
-
-        from test_nalora import SPLITS
-
-        texts = [p["prompt"] + p["completion"] for split in SPLITS.values() for p in split]
-        words = ["[UNK]", "<s>", "</s>", *sorted({c for text in texts for c in text})]
-        tokenizer = Tokenizer(
-            models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]")
-        )
-        tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-        fast = PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="[UNK]"
-        )
-        fast.save_pretrained(tmp_path / "base")
-        Llama(
-            LlamaConfig(
-                vocab_size=128,
-                hidden_size=32,
-                intermediate_size=48,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                max_position_embeddings=512,
-            )
-        ).save_pretrained(tmp_path / "base")
-        out = tmp_path / "compared"
-        assert (
-            compare.main(
-                [
-                    *comparison_arguments(tmp_path / "base", out),
-                    "--train-size",
-                    "20",
-                    "--methods",
-                    "full",
-                    "lora",
-                    "--lrs",
-                    "1e-2",
-                ]
-            )
-            == 0
-        )
-        text_loss = json.loads((out / "comparison.json").read_text())["base"]["text_loss"]
-        assert text_loss < math.log(128) + 0.1  # of text that the base wrote
+    paths = [problems.DATA / f"{split}.jsonl" for split in problems.SPLITS]
+    texts = [p["prompt"] + p["completion"] for path in paths for p in problems.read_problems(path)]
+    words = ["[UNK]", "<s>", "</s>", *sorted({c for text in texts for c in text})]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>",
+                                   unk_token="[UNK]")
+    base = tmp_path / "base"
+    fast.save_pretrained(base)
+    model = small_llama(vocab_size=128, max_position_embeddings=512, initializer_range=0.02)
+    runs.save_model(model, base)
+    out = tmp_path / "compared"
+    flags = comparison_arguments(base, out, "--train-size", "20", "--methods", "full", "lora",
+                                 "nalora")
+    assert compare.main([*flags, "--lrs", "1e-2"]) == 0
+    text_loss = json.loads((out / "comparison.json").read_text())["base"]["text_loss"]
+    assert text_loss < math.log(128) + 0.1  # of text that the base wrote

@@ -1,41 +1,36 @@
 """What the measures say where the right value is known."""
-
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # pytest may be started anywhere
-
 from evidence import measures
-from test_nalora import (
-    batch,
-    one_thread,  # noqa: F401
-    small_llama,
-)
+from evidence.conftest import batch, small_llama
 
+close = torch.testing.assert_close
+
+def gates_of(rho):
+    """Gates whose selection weights are rho, for SiLU: rho = sigmoid(z)."""
+    return torch.logit(torch.tensor(rho, dtype=torch.float64))
 
 def test_selection_misalignment():
-    logit = lambda rho: torch.logit(
-        torch.tensor(rho, dtype=torch.float64)
-    )  # SiLU: rho = sigmoid(z), so z is chosen by its rho
-    base, full = (
-        logit([[0.2, 0.5], [0.7, 0.4]]),
-        logit([[0.5, 0.5], [0.7, 0.8]]),
-    )  # full fine-tuning moves rho by (0.3, 0.4): norm 0.5
+    base = gates_of([[0.2, 0.5], [0.7, 0.4]])
+    full = gates_of([[0.5, 0.5], [0.7, 0.8]])  # rho moves by (0.3, 0.4): norm 0.5
+    halfway = gates_of([[0.2, 0.5], [0.7, 0.8]])
     M = measures.selection_misalignment
     assert M(F.silu, full, full, base) == 0
     assert M(F.silu, base, full, base).item() == pytest.approx(1)
-    assert M(F.silu, logit([[0.2, 0.5], [0.7, 0.8]]), full, base).item() == pytest.approx(0.6)
+    assert M(F.silu, halfway, full, base).item() == pytest.approx(0.6)
     with pytest.raises(ValueError, match="moved no selection"):
         M(F.silu, full, base, base)
-    half = torch.randn(300, 48).bfloat16()
-    for measure in (measures.selection_entropy, lambda act, z: M(act, z, 2 * z, z / 2)):
-        assert measure(F.silu, half) == measure(F.silu, half.float())
 
+def test_no_measure_is_taken_in_half_precision():
+    half = torch.randn(300, 48).bfloat16()
+    whole = half.float()
+    M = measures.selection_misalignment
+    assert M(F.silu, half, 2 * half, half / 2) == M(F.silu, whole, 2 * whole, whole / 2)
+    assert measures.selection_entropy(F.silu, half) == measures.selection_entropy(F.silu, whole)
 
 def test_selection_entropy():
     entropy = measures.selection_entropy
@@ -47,77 +42,77 @@ def test_selection_entropy():
     two_open[:, 5] = 3
     assert entropy(F.silu, two_open).item() == pytest.approx(math.log(2) / math.log(8))
 
+def square(z):
+    """An activation whose selection weight is rho(z) = z."""
+    return z * z
 
 def test_selection_measures_on_hand_made_gates():
-    act = lambda z: z * z  # its selection weight is rho(z) = z
-    z_base, w_base = torch.rand(50, 6) + 1, torch.randn(6, 4)
-    shift, other = torch.randn(50, 6), torch.randn(50, 6)
-    other -= (
-        (other * shift).sum() / (shift * shift).sum() * shift
-    )  # orthogonal to full fine-tuning's shift
+    z_base = torch.rand(50, 6) + 1
+    w_base = torch.randn(6, 4)
+    shift, other = torch.randn(2, 50, 6)
+    other -= (other * shift).sum() / (shift * shift).sum() * shift  # orthogonal to the shift
     other *= shift.norm() / other.norm()
     delta = torch.eye(6, 4)
-    full, base = {"ffn": (z_base + shift, w_base + delta, act)}, {"ffn": (z_base, w_base, act)}
-    for z, w, misaligned, shift_cosine, weight_cosine in (
-        (z_base + shift, w_base + 2 * delta, 0, 1, 1),
-        (z_base + shift / 2, w_base - delta, 0.5, 1, -1),
-        (z_base + other, w_base + delta.roll(2, 0), 2**0.5, 0, 0),
-    ):
-        found = measures.selection_measures({"ffn": (z, w, act)}, base, full)
-        assert found["misalignment"][0] == pytest.approx(
-            measures.selection_misalignment(act, z, z_base + shift, z_base).item(), abs=1e-5
-        )
-        for column, expected in (
-            ("misalignment", misaligned),
-            ("shift_cosine", shift_cosine),
-            ("weight_cosine", weight_cosine),
-            ("k_hat", 2),
-        ):
-            assert abs(found[column][0] - expected) < 1e-4, column
+    full = {"ffn": (z_base + shift, w_base + delta, square)}
+    base = {"ffn": (z_base, w_base, square)}
+    for z, w, misaligned, shift_cosine, weight_cosine in [
+            (z_base + shift, w_base + 2 * delta, 0, 1, 1),
+            (z_base + shift / 2, w_base - delta, 0.5, 1, -1),
+            (z_base + other, w_base + delta.roll(2, 0), 2**0.5, 0, 0)]:
+        found = measures.selection_measures({"ffn": (z, w, square)}, base, full)
+        M = measures.selection_misalignment(square, z, z_base + shift, z_base)
+        assert found["misalignment"][0] == pytest.approx(M.item(), abs=1e-5)
+        expected = {"misalignment": misaligned, "shift_cosine": shift_cosine,
+                    "weight_cosine": weight_cosine, "k_hat": 2}
+        for column, value in expected.items():
+            assert abs(found[column][0] - value) < 1e-4, column
     assert abs(measures.selection_measures(base, base, full)["misalignment"][0] - 1) < 1e-5
     assert set(measures.selection_measures(base, base, None)) == {"entropy", "k_hat"}
 
-
 def test_gates_are_those_of_the_answer_tokens():
-    model, (tokens, targets) = small_llama().eval(), batch(0)
+    model = small_llama().eval()
+    tokens, targets = batch(0)
     targets = targets.clone()
     targets[:, :9] = -100
     name = "model.layers.1.mlp"
+    ffn = model.get_submodule(name)
     inputs = []
-    handle = model.get_submodule(name).register_forward_pre_hook(
-        lambda _, x: inputs.append(x[0].detach())
-    )
+
+    def keep(module, x):
+        inputs.append(x[0].detach())
+
+    handle = ffn.register_forward_pre_hook(keep)
     found = measures.answer_gates(model, [(tokens, targets, None), (tokens[:1], targets[:1], None)])
     handle.remove()
-    expected = [
-        model.get_submodule(name).gate_proj(x[row, t])
-        for x in inputs
-        for row in range(len(x))
-        for t in range(9, 15)
-    ]
-    torch.testing.assert_close(found[name], torch.stack(expected))
-    assert (
-        len(measures.answer_gates(model, [(tokens, targets, None)], limit=10)[name]) == 8
-    )  # every third of 24
-    assert not any(m._forward_hooks for m in model.modules())
+    expected = [ffn.gate_proj(x[row, t]) for x in inputs for row in range(len(x))
+                for t in range(9, 15)]
+    close(found[name], torch.stack(expected))
+    few = measures.answer_gates(model, [(tokens, targets, None)], limit=10)
+    assert len(few[name]) == 8  # every third of 24
 
+def test_text_that_the_base_writes():
+    """One token at a time with a cache, drawn as from the whole text at once."""
+    model = small_llama().eval()
+    start = batch(0, (3, 4))[0]
+    found = measures.written(model, start, 12)
+    generator = torch.Generator().manual_seed(0)
+    expected = start
+    for _ in range(12):
+        odds = model(expected)[0][:, -1].softmax(-1)
+        expected = torch.cat([expected, torch.multinomial(odds, 1, generator=generator)], 1)
+    assert torch.equal(found, expected)
 
 def test_best_low_rank_change():
-    base, full = small_llama(0), small_llama(1)
+    base = small_llama(0)
+    full = small_llama(1)
     gate = "model.layers.0.mlp.gate_proj"
     delta = full.get_submodule(gate).weight - base.get_submodule(gate).weight
-    singular = torch.linalg.svdvals(delta)
     model = measures.truncated(full, base, ["gate_proj"], 3)
     change = model.get_submodule(gate).weight - base.get_submodule(gate).weight
-    torch.testing.assert_close(
-        (change - delta).norm(), singular[3:].norm()
-    )  # Eckart and Young: no rank-3 matrix is nearer
+    missed = torch.linalg.svdvals(delta)[3:].norm()  # Eckart and Young: no rank 3 is nearer
+    close((change - delta).norm(), missed)
     assert torch.linalg.matrix_rank(change, rtol=1e-4) == 3
-    assert torch.equal(
-        model.get_parameter("model.layers.0.mlp.up_proj.weight"),
-        base.get_parameter("model.layers.0.mlp.up_proj.weight"),
-    )
-    torch.testing.assert_close(
-        measures.truncated(full, base, ["gate_proj"], None).get_submodule(gate).weight,
-        full.get_submodule(gate).weight,
-    )
+    up = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(model.get_parameter(up), base.get_parameter(up))
+    whole = measures.truncated(full, base, ["gate_proj"], None)
+    close(whole.get_submodule(gate).weight, full.get_submodule(gate).weight)
