@@ -264,11 +264,11 @@ def save_results(run, out):
     save_adapter(run.model, out / "adapter", base_model=run.config.base or problems.BASE)
     return out / "adapter" / "adapter_model.safetensors"
 
-def execute(c, out, resume=False, save=save_results, methods=METHODS, load=problems.load):
+def execute(c, out, resume=False):
     """One run from its Config to summary.json, which is returned. ValueError before anything is
-    written if the run cannot be. save: writes its weights (evidence/ has another)."""
+    written if the run cannot be."""
     began = time.perf_counter()
-    run = set_up(c, methods, load)
+    run = set_up(c)
     runs.claim(out, run.settings, resume)               # from here on the folder is this run's
     records = runs.load_checkpoint(run, out) if resume else []
     if records and (out / "summary.json").exists():
@@ -278,7 +278,7 @@ def execute(c, out, resume=False, save=save_results, methods=METHODS, load=probl
     print(f"{runs.describe(run)}; results in {out}", flush=True)
     records, times = train(run, out, records)
     shares = test(run)
-    file = save(run, out)
+    file = save_results(run, out)
     summary = {"method": c.method, "seed": c.seed, "val_loss": records[-1]["val_loss"], **shares,
                **runs.count_parameters(run), "file_bytes": file.stat().st_size,
                "digest": run.digest, **runs.machine(),

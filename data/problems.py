@@ -163,11 +163,11 @@ def mean_loss(model, batches):
         count += n
     return total / count
 
-def solve(model, tokenizer, prompts, max_new_tokens=MAX_NEW):
+def solve(model, tokenizer, prompts, max_new_tokens=MAX_NEW, encode=encode_prompt):
     """Greedy completions of the prompts, in order. Prompts of equal length share a batch, so none
     needs padding."""
     device = next(model.parameters()).device
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    encoded = [encode(tokenizer, prompt) for prompt in prompts]
     answers = {}
     for length in dict.fromkeys(map(len, encoded)):
         rows = [i for i, ids in enumerate(encoded) if len(ids) == length]

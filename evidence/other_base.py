@@ -1,9 +1,6 @@
-"""Data for a base with a tokenizer of its own, and problems of one's own in JSON lines: what
-train_tiny.py's data/problems.py had in version 1, as it was. `load` is for train_tiny.set_up and
-train_tiny.execute (load=other_base.load); c is a Config that has `data`, a folder or a file, too.
-What ends with a text ("answer" missing, "####") is judged by is_right here: train_tiny.execute
-judges as the toy does ("The answer is N."), so say test_size=0 there, or call exact_match here."""
-import hashlib
+"""Data for a base with a tokenizer of its own, and problems of one's own in JSON lines. `load` is
+for train_tiny.set_up; c is a Config that has `data`, a folder or a file, too. An answer is a number
+after "The answer is" or "####", the last number, or the whole text."""
 import json
 import re
 import sys
@@ -135,24 +132,10 @@ def read_equations(data):
     path = data / "arithmetic.jsonl"
     return read_problems(path if path.exists() else DATA / "arithmetic.jsonl")
 
-def digest(data, base):
-    """{"data", "base": SHA-256 over the names and contents of its files}."""
-    kinds = (".json", ".jsonl", ".safetensors", ".model", ".tiktoken", ".txt")
-    found = {}
-    for key, place in (("data", Path(data)), ("base", Path(base or data))):
-        total = hashlib.sha256()
-        for path in sorted(place.iterdir()) if place.is_dir() else [place]:
-            if path.is_file() and (path.suffix in kinds or path == place):
-                content = hashlib.sha256(path.read_bytes()).digest()
-                total.update(path.name.encode() + content)
-        found[key] = total.hexdigest()
-    return found
-
 # ---- all of it -----------------------------------------------------------------------------------
 
 def load(c, model):
-    """As data.problems.load, for the base c.base and the data c.data. ending: what every prompt
-    ends with, None if they differ."""
+    """As data.problems.load, for the base c.base and the data c.data."""
     data = Path(c.data)
     tokenizer = tokenizer_of(c.base, model.vocab_size)
     end = tokenizer.eot_token
@@ -168,19 +151,9 @@ def load(c, model):
         windows = text_windows(tokenizer, data / "pretrain_val.txt")                # (N, 129)
         validation = [(windows[:, :-1], windows[:, 1:], None)]
         files += [data / "pretrain.txt", data / "pretrain_val.txt"]
-    endings = {p["prompt"][len(p["prompt"].rstrip()):] for p in splits["train"]}
     return {"tokenizer": tokenizer, "batches": batches, "validation": validation,
             "problems": splits["test"][:c.test_size],
-            "equations": read_equations(data)[:c.test_size], "max_new": max_new, "files": files,
-            "ending": endings.pop() if len(endings) == 1 else None}
-
-def sample_prompts(data, prompt, ending):
-    """What --sample asks: the prompt with the ending that all had in training, None if they
-    differed; without a prompt those of three test problems."""
-    if not prompt:
-        return [p["prompt"] for p in read_splits(Path(data))["test"][:3]]
-    prompt = whole_text(prompt)
-    return [prompt if ending is None else prompt.rstrip() + ending]
+            "equations": read_equations(data)[:c.test_size], "max_new": max_new, "files": files}
 
 # ---- answers -------------------------------------------------------------------------------------
 
@@ -203,13 +176,9 @@ def is_right(problem, completion):
     mark = next((m for m in ("The answer is", "####") if m in given), "")
     return final_answer(completion, mark) == Decimal(str(problem["answer"]))
 
-def verdict(problem, completion):
-    if is_right(problem, completion):
-        return "right"
-    return f"wrong, {problem.get('answer', problem['completion'])} was asked for"
-
 def exact_match(model, tokenizer, problems, max_new_tokens=MAX_NEW):
     """(share of problems solved rightly, None without any; the completions)."""
-    completions = solve(model, tokenizer, [p["prompt"] for p in problems], max_new_tokens)
+    prompts = [p["prompt"] for p in problems]
+    completions = solve(model, tokenizer, prompts, max_new_tokens, encode_prompt)
     right = list(map(is_right, problems, completions))
     return sum(right) / len(right) if right else None, completions
