@@ -5,7 +5,8 @@
     python train_tiny.py --resume --out runs/nalora   goes on after an interruption, bit-identical
     python train_tiny.py --sample "Ann has 3 apples. She buys 4. How many apples does Ann have?"
 
-Read it from the top: 1 data, 2 model, 3 methods, 4 the loop, 5 evaluation, 6 side by side."""
+Read it from the top: 1 data, 2 model, 3 methods, 4 the loop, 5 evaluation, 6 side by side. A run
+is main -> start -> execute: set_up, train, test, save_results. What is below 6 may be skipped."""
 import argparse
 import math
 import os
@@ -27,7 +28,8 @@ from nalora import (Llama, LlamaConfig, NALoRA, NALoRAConfig, inject_lora, lora_
                     save_adapter)
 
 # ---- settings ------------------------------------------------------------------------------------
-# config.json holds all of them. Those made with flag() are flags of the command line, too.
+# config.json of a run holds all of them. Those made with flag() are flags of the command line, too;
+# start() fills in the device and the threads that are not given.
 
 def flag(default, help, **more):
     return field(default=default, metadata={"help": help, **more})
@@ -59,27 +61,22 @@ class Config:
     targets: tuple = flag(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
                            "down_proj"), "linear layers with LoRA (default: all seven of a block)")
     keep: float = flag(NALoRAConfig.keep, "share of gate rows that move in NA-LoRA (default: 0.5)")
-    ema: float = NALoRAConfig.ema           # memory of the rows' importance, over steps
-    stride: int = NALoRAConfig.stride       # NA-LoRA looks at every 17th token
+    ema: float = NALoRAConfig.ema           # decay of the running mean of a row's importance
+    stride: int = NALoRAConfig.stride       # NA-LoRA looks at every stride-th token
 
     def __post_init__(self):
-        for names, low, high in (("threads", 1, 1025),
-                                 ("steps batch_size eval_every train_size", 1, 2**31),
-                                 ("seed weight_decay test_size", 0, 2**62),
-                                 ("grad_clip lr alpha", math.ulp(0), math.inf),     # above zero
-                                 ("warmup beta1 beta2 momentum", 0, 1)):
-            for name in names.split():
-                value = getattr(self, name)
-                if value is not None and not low <= value < high:
-                    raise ValueError(f"{runs.dashed(name)} is {value}: give {low:g} to {high:g}.")
+        runs.check_ranges(self)
 
 DEFAULTS = {"full": {"lr": 2e-3}, "pretrain": {"lr": 3e-3, "steps": 4000, "eval_every": 250,
                                                "weight_decay": 0.1, "beta2": 0.95}}
 
 # ---- 1 data --------------------------------------------------------------------------------------
-# 1,500 word problems with worked solutions. The model reads a problem, and learns the solution
-# that follows it. A batch is three tensors of shape (B, T): tokens, targets (-100: not learnt) and
-# token_mask (False: padding). data/problems.py shows one problem in them; its load() reads all.
+# 1,500 word problems to train on, each with its worked solution. The model reads a problem and
+# learns the solution that follows it. A batch is three tensors of shape (B, T); one row, in words:
+#     tokens      <end> Ann has 2 keys. ... ?  2 + 2 = 4 .  <pad>
+#     targets     -100  -100  ...       2  + 2 = 4 . <end>  -100    the next token; -100: not learnt
+#     token_mask  True  True  ...                     True  False   False: padding
+# data/problems.py shows the same in token ids; its load() reads all data.
 
 # ---- 2 model -------------------------------------------------------------------------------------
 # A Llama of 0.87 M parameters in float32; nalora.py, part 4, has its code. `pretrain` begins with
@@ -94,17 +91,15 @@ def load_model(c):
     if c.method == "pretrain":
         return Llama(LlamaConfig(**TINY))
     folder = Path(c.base or problems.BASE)
-    config = folder / "config.json"
-    llama = config.is_file() and runs.read_json(config).get("model_type", "llama") == "llama"
-    if not llama or not (folder / "model.safetensors").is_file():
-        raise ValueError(f"--base {folder} is no folder with config.json and model.safetensors of "
-                         "a Llama: for models of the hub, GGUF, .bin or sharded weights and other "
-                         "architectures use nalora_hf, see nalora_hf/README.md.")
+    runs.check_base(folder)
     return Llama.from_pretrained(folder)
 
 # ---- 3 methods -----------------------------------------------------------------------------------
 # A method says which parameters train. It is a function of (model, c) that returns two things: the
-# optimizer, and the NALoRA that corrects its steps, or None.
+# optimizer, and the NALoRA that corrects its steps, or None. LoRA adds two small matrices, A and B,
+# to each linear layer. NA-LoRA (nonlinearity-aware) trains the same A and B: by hooks it watches
+# how each gate of a feed-forward network responds, and after the optimizer's step it puts back the
+# rows of the gate's B that respond least (mask), and shortens or lengthens all else (scale).
 
 def full(model, c):
     return make_optimizer(list(model.parameters()), c), None
@@ -119,11 +114,11 @@ def nalora(model, c, **parts):
     return optimizer, NALoRA(model, optimizer, config)  # this line turns LoRA into NA-LoRA
 
 METHODS = {"pretrain": full, "full": full, "lora": lora, "nalora": nalora,
-           "nalora-mask": partial(nalora, scale="none"),    # chooses rows alone
-           "nalora-scale": partial(nalora, mask="none")}    # scales steps alone
+           "nalora-mask": partial(nalora, scale="none"),    # only the mask
+           "nalora-scale": partial(nalora, mask="none")}    # only the scale
 
 def make_optimizer(parameters, c):
-    """AdamW, or SGD; matrices alone decay. parameters: a list of them, or groups as torch has."""
+    """AdamW, or SGD; only matrices decay. parameters: a list of them, or groups as torch has."""
     groups = parameters
     if not isinstance(parameters[0], dict):
         groups = [{"params": [p for p in parameters if p.dim() == 2]},
@@ -158,17 +153,17 @@ def training_loop(run, first=0):
     c = run.config
     for step in range(first, c.steps):
         tokens, targets, token_mask = (t.to(run.device) for t in run.batches(step))     # (B, T)
-        for group in run.optimizer.param_groups:        # initial_lr: as the method has set it
+        for group in run.optimizer.param_groups:        # initial_lr: its peak, kept at step 0
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * schedule(c, step)
         if run.nalora:
-            run.nalora.token_mask = token_mask          # optional: padding is not observed
-        run.model.train()                               # validation has switched it off
+            run.nalora.token_mask = token_mask          # so that NA-LoRA leaves out the padding
+        run.model.train()                               # validate() has set eval mode
         with run.autocast:                              # bfloat16 products, if asked for
-            _, loss = run.model(tokens, targets)        # 0-dim: mean over the targets
+            _, loss = run.model(tokens, targets)        # mean over the targets, which are shifted
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(run.trainable.values(), c.grad_clip)
         check_finite(loss.item() + norm.item(), "loss or its gradient", step + 1)
-        run.optimizer.step()                            # NA-LoRA corrects it when it ends
+        run.optimizer.step()                            # NA-LoRA's hook then corrects this step
         run.optimizer.zero_grad()
         yield loss.item()
 
@@ -185,9 +180,36 @@ def check_finite(value, name, step):
     if not math.isfinite(value):
         raise Diverged(f"The {name} is not finite at step {step}: try a smaller --lr.")
 
+def train(run, out, records):
+    """Trains on from where `records` end. Returns (all records, seconds of each step)."""
+    c = run.config
+    if not records:
+        records = [{"step": 0, "val_loss": validate(run, 0)}]
+        print(runs.progress(records[0], c.steps), flush=True)
+    first = records[-1]["step"]
+    before = runs.states(run) if first else None        # NA-LoRA's, to tell how the mask changes
+    losses = []
+    times = []
+    start = time.perf_counter()
+    for step, loss in enumerate(training_loop(run, first), first + 1):
+        times.append(time.perf_counter() - start)
+        losses.append(loss)
+        if step % c.eval_every == 0 or step == c.steps:
+            mean = sum(losses) / len(losses)            # since the last record
+            losses = []
+            records.append({"step": step, "loss": mean, "val_loss": validate(run, step)})
+            if run.nalora:
+                records[-1]["layers"] = runs.layer_records(runs.states(run), before)
+                before = runs.states(run)
+            runs.save_checkpoint(run, out, records)
+            left = sum(times) / len(times) * (c.steps - step)
+            print(f"{runs.progress(records[-1], c.steps)}  {left:4.0f} s left", flush=True)
+        start = time.perf_counter()                     # what stands above is not timed
+    return records, times
+
 # ---- 5 evaluation --------------------------------------------------------------------------------
-# While it trains, records: the losses, and what NA-LoRA saw in each FFN. The first record is of the
-# base model itself. At the end: how many test problems are solved, by greedy decoding.
+# During training, each record holds the losses and what NA-LoRA saw in each feed-forward network;
+# the first record is of the base model. At the end: how many test problems greedy decoding solves.
 
 def validate(run, step):
     run.model.eval()
@@ -197,7 +219,7 @@ def validate(run, step):
     return loss
 
 def test(run):
-    """Shares of held-out equations and of test problems that are right; three of them are shown."""
+    """Shares of held-out equations and of test problems that are right. Shows three problems."""
     run.model.eval()
     equations = problems.arithmetic_accuracy(run.model, run.tokenizer, run.equations)
     exact, texts = problems.exact_match(run.model, run.tokenizer, run.problems, run.max_new)
@@ -209,33 +231,6 @@ def test(run):
         print(f"\n{run.config.method}: exact match {exact:.3f} on {len(run.problems)} test "
               f"problems, held-out equations right {equations:.3f}")
     return {"arithmetic_accuracy": equations, "test_exact_match": exact}
-
-def train(run, out, records):
-    """Trains on from where `records` end. Returns (all records, seconds of each step)."""
-    c = run.config
-    if not records:
-        records = [{"step": 0, "val_loss": validate(run, 0)}]
-        print(runs.progress(records[0], c.steps), flush=True)
-    first = records[-1]["step"]
-    before = runs.states(run) if first else None        # of NA-LoRA, at the last record
-    losses = []
-    times = []
-    start = time.perf_counter()
-    for step, loss in enumerate(training_loop(run, first), first + 1):
-        times.append(time.perf_counter() - start)
-        losses.append(loss)
-        if step % c.eval_every == 0 or step == c.steps:
-            loss = sum(losses) / len(losses)            # a mean since the last record
-            losses = []
-            records.append({"step": step, "loss": loss, "val_loss": validate(run, step)})
-            if run.nalora:
-                records[-1]["layers"] = runs.layer_records(runs.states(run), before)
-                before = runs.states(run)
-            runs.save_checkpoint(run, out, records)
-            left = sum(times) / len(times) * (c.steps - step)
-            print(f"{runs.progress(records[-1], c.steps)}  {left:4.0f} s left", flush=True)
-        start = time.perf_counter()
-    return records, times
 
 # ---- 6 side by side ------------------------------------------------------------------------------
 # `--method all`: three methods, one after the other on the same batches, and one table.
@@ -319,18 +314,19 @@ def start(args, given, out):
         raise ValueError(f"{idle[0]} has no effect with --method {method}: leave it out.")
     if args.sample is not None:
         return runs.sample(out, runs.read_run(out, Config), args.sample)
-    if args.resume and (runs.begun(out) or "method" not in given):
+    if args.resume and (runs.begun(out) or "method" not in given):      # else --resume begins it
         given = {**runs.read_run(out, Config), **runs.check_same(out, given)}
+        method = given["method"]
     elif not args.resume and any(out.glob("*")):
         runs.refuse_taken(out)
     settings = {"method": method, "threads": torch.get_num_threads(), **given}
     settings["device"] = best_device(given.get("device"))
-    methods = COMPARED if settings["method"] == "all" else [settings["method"]]
+    methods = COMPARED if method == "all" else [method]
     configs = {m: Config(**{**DEFAULTS.get(m, {}), **settings, "method": m}) for m in methods}
     torch.set_num_threads(settings["threads"])
-    if settings["method"] == "all":
+    if method == "all":
         return run_all(configs, settings, out, args.resume)
-    return execute(configs[methods[0]], out, args.resume)
+    return execute(configs[method], out, args.resume)
 
 def main(argv=None):
     """The exit code: 0, or 2 with one sentence for input that cannot be used; 130 at Ctrl-C."""

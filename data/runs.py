@@ -25,6 +25,28 @@ from nalora import Llama, load_adapter, write_files
 def dashed(name):
     return "--" + name.replace("_", "-")
 
+def check_ranges(c):
+    """ValueError names the setting of a Config that is out of its range."""
+    for names, low, high, words in (
+            ("threads", 1, 1025, "from 1 to 1024"),
+            ("steps batch_size eval_every train_size", 1, 2**31, "of at least 1"),
+            ("seed weight_decay test_size", 0, 2**62, "of at least 0, and not that large"),
+            ("grad_clip lr alpha", math.ulp(0), math.inf, "above 0"),
+            ("warmup beta1 beta2 momentum", 0, 1, "in [0, 1)")):
+        for name in names.split():
+            value = getattr(c, name)
+            if value is not None and not low <= value < high:
+                raise ValueError(f"{dashed(name)} is {value}: give a number {words}.")
+
+def check_base(folder):
+    """ValueError if the folder of --base holds no model that train_tiny.py takes."""
+    config = folder / "config.json"
+    llama = config.is_file() and read_json(config).get("model_type", "llama") == "llama"
+    if not llama or not (folder / "model.safetensors").is_file():
+        raise ValueError(f"--base {folder} is no folder with config.json and model.safetensors of "
+                         "a Llama: for models of the hub, GGUF, .bin or sharded weights and other "
+                         "architectures use nalora_hf, see nalora_hf/README.md.")
+
 def best_device(name=None):
     """The device of that name, or the best there is. ValueError if it is not there."""
     devices = {"cuda": torch.cuda, "mps": torch.backends.mps}
