@@ -3,7 +3,7 @@
     python train_tiny.py --method nalora              about a minute on a laptop; see runs/nalora
     python train_tiny.py --method all                 full, lora and nalora on the same batches
     python train_tiny.py --resume --out runs/nalora   goes on after an interruption, bit-identical
-    python train_tiny.py --sample "Ann has 3 apples. She buys 4. How many apples does Ann have?"
+    python train_tiny.py --sample                     three test problems, answered by runs/nalora
 
 Read it from the top: 1 data, 2 model, 3 methods, 4 the loop, 5 evaluation, 6 side by side. A run
 is main -> start -> execute: set_up, train, test, save_results. What is below 6 may be skipped."""

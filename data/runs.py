@@ -246,9 +246,11 @@ def cell(value):
 
 def sample(out, config, prompt):
     """Prints what the trained model in `out` answers to the prompt, or to three test problems."""
-    if config["method"] == "all" or not (out / "summary.json").exists():
+    if config["method"] == "all":
+        raise ValueError(f"{out} holds several runs: name one of them, such as --out {out}/nalora.")
+    if not (out / "summary.json").exists():
         raise ValueError(f"{out} holds no finished run: go on with it (--resume --out {out}), or "
-                         f"name another with --out (such as {out}/nalora).")
+                         "name another with --out.")
     if config["method"] in ("pretrain", "full"):
         model = Llama.from_pretrained(out / "model")
     else:

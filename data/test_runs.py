@@ -46,7 +46,7 @@ def test_all_three_train_and_stand_in_one_table(base, tmp_path, capsys):
     succeeds(["--resume", "--out", tmp_path])
     assert capsys.readouterr().out.count("is finished already") == 2 and result(tmp_path) == wanted
     assert runs.read_json(tmp_path / "nalora" / "config.json")["keep"] == 0.25
-    refused(capsys, ["--sample", "--out", tmp_path], "holds no finished run")
+    refused(capsys, ["--sample", "--out", tmp_path], "holds several runs: name one")
     assert [runs.cell(x).strip() for x in (None, 1234567, 0.12345)] == ["-", "1,234,567", "0.123"]
 
 def test_kill_9_and_resume_are_bit_identical(random_base, tmp_path):

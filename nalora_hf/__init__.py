@@ -1,12 +1,15 @@
 """NALoRA for models, trainers and adapter files of the Hugging Face libraries. The method, its pure
 functions and the small Llama are those of nalora.py; this package finds the gates of other models,
 steers them, and reads and writes PEFT's adapters."""
-from nalora import LlamaConfig, NALoRAConfig
-from nalora_hf.adapters import (Llama, inject_lora, load_adapter, lora_layers, lora_parameters,
-                                merge_lora, read_json, read_tensors, save_adapter, write_files)
+from nalora import LlamaConfig as LlamaConfig
+from nalora import NALoRAConfig
+from nalora_hf.adapters import Llama as Llama
+from nalora_hf.adapters import (inject_lora, load_adapter, lora_layers, lora_parameters, merge_lora,
+                                read_json, read_tensors, save_adapter, write_files)
 from nalora_hf.steer import NALoRA
 from nalora_hf.trainer import NALoRACallback
 
-__all__ = ["Llama", "LlamaConfig", "NALoRA", "NALoRACallback", "NALoRAConfig", "inject_lora",
-           "load_adapter", "lora_layers", "lora_parameters", "merge_lora", "read_json",
-           "read_tensors", "save_adapter", "write_files"]
+# Llama and LlamaConfig can be imported by name; `import *` must not hide those of transformers.
+__all__ = ["NALoRA", "NALoRACallback", "NALoRAConfig", "inject_lora", "load_adapter", "lora_layers",
+           "lora_parameters", "merge_lora", "read_json", "read_tensors", "save_adapter",
+           "write_files"]

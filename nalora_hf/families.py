@@ -51,7 +51,7 @@ class Stack:
     def forget(self):
         """Begins a step: nothing is observed yet."""
         self.samples = {}  # {i: (z (T, F), weight (T,))} of one pass
-        self.seen = Counter()  # {i: tokens since the last step}
+        self.seen = Counter()  # {i: passes since the last step}
         self.trained = False  # whether backward came through
         self.masked = False  # whether the token mask was of use
         score = torch.zeros_like(self.state.importance)  # (N, F)

@@ -6,44 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nalora import (GateSums, NALoRAConfig, State, importance_mask, step_scale, value_and_slope,
-                    widen)
+from nalora import NALoRAConfig, blend, decide, observe
 from nalora_hf.families import GATES, lora_pairs, own_modules, refuse, shapes, stack_ffns
-
-# -- observe, decide, correct: what is summed, what is known, what a step becomes ------------------
-def observe(act, z, weight):
-    """GateSums of gates z (..., T, F) with weight (..., T): 1 counts a token, 0 does not, whatever
-    its z holds. All zero where a sum overflowed."""
-    z = widen(z)
-    weight = weight.to(z.dtype)
-    z = torch.where(weight[..., None] > 0, z, 0)  # adds nothing: phi(0) = 0, S is weighted
-    positive = z.sign().relu_().sum((-2, -1))  # counts z > 0, but faster
-    with torch.autocast(z.device.type, enabled=False):
-        phi, slope = value_and_slope(act, z)  # (..., T, F) each
-        z_slope_phi = (z * slope).mul_(phi).sum((-2, -1))  # in place: less memory is touched
-        score = (weight[..., None, :] @ slope.abs_()).squeeze(-2)  # (..., F)
-    sums = GateSums(score, weight.sum(-1), z_slope_phi, phi.square_().sum((-2, -1)), positive)
-    finite = (score.sum(-1) + sum(sums[1:])).isfinite()  # (...)
-    return GateSums(*choose(finite, sums, [0] * 5))
-
-def decide(state, sums, config):
-    """The State after a step in which `sums` were observed. Unchanged where no token was."""
-    importance = torch.lerp(sums.score / sums.tokens[..., None], state.importance, config.ema)
-    mask = importance_mask(importance, config.keep) if config.mask != "none" else state.mask
-    k_hat = sums.k_hat()
-    occupancy = sums.positive / (sums.tokens * importance.size(-1))
-    scale = step_scale(k_hat, occupancy) if config.scale != "none" else state.scale
-    return State(*choose(sums.tokens > 0, (importance, mask, k_hat, occupancy, scale), state))
-
-def correct(before, after, factor):
-    """blend(before, after, factor), exact at 0 and 1; a factor above 1 goes beyond `after`."""
-    before = widen(before)
-    return torch.lerp(before, widen(after), factor.to(before))
-
-def choose(condition, yes, no):
-    """Tensors of `yes` (...) or (..., F) where condition (...) holds, of `no` elsewhere."""
-    return (torch.where(condition if y.dim() == condition.dim() else condition[..., None], y, n)
-            for y, n in zip(yes, no))
 
 # -- the class ------------------------------------------------------------------------------------
 class NALoRA:
@@ -79,10 +43,9 @@ class NALoRA:
     def __repr__(self):
         return self._said
 
-    def _see(self, stack, token_mask, start, z):
-        """Samples what FFNs of a stack pass to their activation, z (..., F): (T, F), weight (T,).
-        start: number of its first token since the last step."""
-        every = slice((self._steps - start) % self.config.stride, None, self.config.stride)
+    def _see(self, stack, token_mask, z):
+        """Samples what FFNs of a stack give their activation, z (..., F): (T, F), weight (T,)."""
+        every = slice(self._steps % self.config.stride, None, self.config.stride)
         sample = z.detach().flatten(0, -2)[every].to(stack.state.importance, copy=True)  # (T, F)
         if token_mask is None:
             return sample, sample.new_ones(len(sample))
@@ -127,7 +90,7 @@ class NALoRA:
             rows, scales = factors[stack]  # (rows of B, 1) of each FFN, 0-dim
             factor = own_rows(rows[i], p) if is_gate_B else scales[i]
             after = local(p)
-            after.copy_(correct(before, after, factor))
+            after.copy_(blend(before, after, factor))
         self._before = None
         self._watch.note_rows()
 
@@ -138,7 +101,8 @@ class NALoRA:
     # What a variant overrides: what is summed, what is decided, what a step is multiplied by.
 
     def _observe(self, stack, z, weight):
-        return observe(stack.act, z, weight)
+        with torch.autocast(z.device.type, enabled=False):
+            return observe(stack.act, z, weight)
 
     def _decide(self):
         for stack in self._stacks:
@@ -300,8 +264,8 @@ class Observer:
             if not tool._closure and tool._watch.gradients_dropped(gate):
                 tool._forget()
             mask = self.fitting(tool.token_mask, z)
-            see = partial(tool._see, self.stack, mask, self.stack.seen[self.i])
-            self.stack.seen[self.i] += z.shape[:-1].numel()
+            see = partial(tool._see, self.stack, mask)
+            self.stack.seen[self.i] += 1
             if not self.stack.fused:
                 sample += see(z)
             when_reached = z.register_hook if z.requires_grad else waiting.append

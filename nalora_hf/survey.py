@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from nalora import NALoRAConfig, value_and_slope
+from nalora import NALoRAConfig, blend, value_and_slope
 from nalora_hf.adapters import inject_lora, read_json, write_files
 from nalora_hf.families import activation, features, lora_pairs
-from nalora_hf.steer import NALoRA, correct
+from nalora_hf.steer import NALoRA
 
 PACKAGE = Path(__file__).parent
 
@@ -162,7 +162,7 @@ def steer(fresh, keywords):
             factor = torch.full((len(p), 1), state["scale"])
             if is_gate:
                 factor[stack.rows] *= state["mask"][:, None]
-            if not torch.equal(p, correct(before[id(p)], after[id(p)], factor)):
+            if not torch.equal(p, blend(before[id(p)], after[id(p)], factor)):
                 return "a step is not blended as mask and scale say", tool._stacks
             if is_gate and torch.equal(p, before[id(p)]):
                 return "no row of B_gate moved", tool._stacks

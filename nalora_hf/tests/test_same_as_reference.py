@@ -1,5 +1,5 @@
-"""nalora.py alone on models of transformers with PEFT, and this package beside it: on one pass a
-step both choose the same masks."""
+"""This package beside nalora.py: both choose the same masks. And nalora.py alone on models of
+transformers with PEFT."""
 import re
 from pathlib import Path
 
@@ -12,7 +12,8 @@ from nalora_hf.tests.helpers import FFN, TINY, batch, lora_llama
 
 ROOT = Path(__file__).resolve().parents[2]
 
-def test_both_choose_the_same_masks_and_end_alike():
+@pytest.mark.parametrize("microbatches", [1, 3])
+def test_both_choose_the_same_masks_and_end_alike(microbatches):
     ends = []
     for package in (nalora, nalora_hf):
         model = lora_llama()
@@ -20,7 +21,9 @@ def test_both_choose_the_same_masks_and_end_alike():
         steered = package.NALoRA(model, optimizer, nalora.NALoRAConfig(stride=3))
         masks = []
         for step in range(8):
-            model(*batch(step))[1].backward()
+            for i in range(microbatches):
+                steered.token_mask = torch.rand(4, 15, generator=torch.manual_seed(i)) < 0.8
+                model(*batch(10 * step + i))[1].backward()
             optimizer.step()
             optimizer.zero_grad()
             masks += [s["mask"] for s in steered.statistics().values()]

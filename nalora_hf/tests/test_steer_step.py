@@ -6,10 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nalora import (GateSums, NALoRAConfig, State, effective_homogeneity, importance_mask,
-                    step_scale, value_and_slope)
+from nalora import (GateSums, NALoRAConfig, State, blend, decide, effective_homogeneity,
+                    importance_mask, observe, step_scale, value_and_slope)
 from nalora_hf import NALoRA, inject_lora, lora_parameters
-from nalora_hf.steer import correct, decide, observe
 from nalora_hf.tests.helpers import (FFN, batch, equal, lora_llama, small_llama, snapshot, start,
                                      take_step)
 
@@ -56,16 +55,18 @@ def test_padding_may_hold_anything():
     for found, right in zip(observe(F.silu, z, torch.tensor([1] * 5 + [0] * 4)), expected):
         torch.testing.assert_close(found, right)
 
-def test_a_pass_with_an_infinite_sum_adds_nothing():
+def test_an_infinite_sum_changes_nothing():
     z = torch.randn(3, 9, 48)
     z[1, 4, 7] = math.inf
     sums = observe(F.silu, z, torch.ones(3, 9))
-    assert all((total[1] == 0).all() and (total[0] != 0).any() for total in sums)
+    before = State(torch.zeros(3, 48), torch.zeros(3, 48) > 0, *torch.zeros(3, 3))
+    after = decide(before, sums, NALoRAConfig())
+    assert all((t[1] == 0).all() and (t[0] != 0).any() for t in after)
 
 def test_correct_is_exact_at_both_ends_and_goes_beyond():
     before, after = torch.randn(2, 6, 3)
     factor = torch.tensor([0, 1, 0.3, 0.7, 2, -1])[:, None]
-    found = correct(before, after, factor)
+    found = blend(before, after, factor)
     assert torch.equal(found[0], before[0]) and torch.equal(found[1], after[1])
     torch.testing.assert_close(found, before + factor * (after - before))
 
@@ -153,10 +154,9 @@ def test_the_step_of_every_ffn_pair_is_scaled(mask):
     scales = [s["scale"] for s in statistics.values()]
     assert scales[0] != scales[1] != 1
 
-@pytest.mark.parametrize("stride", [1, 7])
-def test_microbatches_equal_one_batch(stride):
-    model, opt, whole = start(NALoRAConfig(stride=stride))
-    model_m, opt_m, parts = start(NALoRAConfig(stride=stride))
+def test_microbatches_equal_one_batch():
+    model, opt, whole = start(NALoRAConfig(stride=1))
+    model_m, opt_m, parts = start(NALoRAConfig(stride=1))
     for i in range(3):
         take_step(model, opt, i)
         tokens, targets = batch(i)
