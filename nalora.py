@@ -10,22 +10,22 @@ LoRA treats its update as a change of features, yet it also changes which channe
 the paper's selection misalignment, which evidence/ measures. The second move over the first is
 kappa(z) - 1, where kappa = z phi' / phi is the local degree of homogeneity (Euler: z phi' = k phi
 exactly where phi(t z) = t^k phi(z), t > 0). Where kappa > 1 selection amplifies the move, where
-kappa < 1 it opposes it. NA-LoRA does not undo that: it lets gate channels move that respond (phi'),
+kappa < 1 it opposes it. NA-LoRA does not undo that: it moves the gate channels that respond (phi'),
 and takes smaller steps where gates amplify (kappa). It adds no loss, parameter or inference cost.
 
 USE IT. One line turns a LoRA loop into an NA-LoRA loop:
     inject_lora(model, ["gate_proj", "up_proj", "down_proj"], rank=8, alpha=16)  # or PEFT's LoRA
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)
     nalora = NALoRA(model, optimizer)  # the one line; train as ever, save nalora.state_dict(), too
-Padding counts as tokens unless you set nalora.token_mask (batch, seq), nonzero for real tokens,
-before each pass. If nalora.steps stays 0 no gate was seen: call model.train().
+Padding counts as tokens unless nalora.token_mask (batch, seq), nonzero for real tokens, is set from
+each pass to its backward. If nalora.steps stays 0, call model.train().
 
 THE ALGORITHM. An FFN has F gate channels and LoRA pairs (A, B) on gate, up and down. z is what its
 activation receives, LoRA's update included. Defaults: keep 0.5, ema 0.9, stride 17.
     start    importance I = 0, mask = every row, scale = 1, n = 0
     forward  Each pass in train mode with gradients: number its tokens i = 0, 1, ... row by row,
              padding too. w = 1 if i mod stride = n mod stride and token i is real, else 0.
-             Sum over tokens, P, Q, G over channels, too; passes, also recomputed, and ranks add up:
+             Sum over tokens; P, Q, G over channels, too; passes (recomputed, too) and ranks add up:
                  N = sum w   S_c = sum w |phi'(z_c)|   P = sum w z phi'(z) phi(z)
                  Q = sum w phi(z)^2   G = sum w [z > 0]
     step     before = A, B;  optimizer.step();  after = A, B.  If a pass came before it and
@@ -34,7 +34,7 @@ activation receives, LoRA's update included. Defaults: keep 0.5, ema 0.9, stride
                  mask  = the max(1, ceil(keep F - 1e-9)) channels of largest I, lower index first
                  k_hat = P / Q, or 1 if Q = 0;  p = G / (N F)
                  scale = 1 / clip(k_hat, 1/2, 2) if min(p, 1 - p) >= 0.05, else 1
-             Then the sums are 0 again. After every optimizer.step(), whatever came before it,
+             Then the sums are 0 (a skip keeps them). After every optimizer.step(), pass or not,
                  row c of B_gate                    = blend(before, after, mask_c scale)
                  A_gate, and A and B of up and down = blend(before, after, scale)
     blend(b, a, f) = b + f (a - b) if f < 1/2, else a - (a - b) (1 - f)  (exact at f = 0 and 1)
@@ -43,7 +43,7 @@ In numbers: first step, SiLU, one token, two channels, z = (1, -2):
     P = (1)(0.928)(0.731) + (-2)(-0.091)(-0.238) = 0.635   Q = 0.731^2 + 0.238^2 = 0.591
     k_hat = 1.07  scale = 0.931  I = 0.1 S = (0.093, 0.009)  mask = (1, 0). So row 0 of B_gate and
     every other A and B take 0.931 of the optimizer's step; row 1 stays bit for bit.
-A run of train_tiny.py: k_hat 1.01 to 1.08, and 3 to 13 % of the mask changes in 50 steps.
+A run of train_tiny.py: k_hat 1.01 to 1.08; in 50 steps 3 to 13 % of an FFN's mask change.
 
 WHY the responsive channels? The gradient of row c of B_gate carries phi'(z_c), so plain SGD hardly
 moves a channel that does not respond. Adam normalises that away; the mask brings it back. All
@@ -53,8 +53,8 @@ gradient is zero; putting it back is exact. Adam's moments see every gradient, s
 released moves at once by its built-up momentum. A mask in the forward pass would change the model.
 Why 1 / k_hat? Gates that grow by 1 % let phi grow by k_hat %; dividing makes equal steps count
 equally. kappa of SiLU is 1 at 0 and for z -> inf, at most 1.28, and -inf for z -> -inf (of ReLU
-below 0 it is 0/0, here 1): never take its mean. k_hat is its mean weighted by phi^2, which goes
-to 0 faster than kappa grows. A negative k_hat gives scale 2, a choice.
+below 0 it is 0/0, here 1): take no plain mean. k_hat is its mean weighted by phi^2, which goes
+to 0 faster than kappa grows. Scale 2 for k_hat < 0, and to scale up and down, too, are choices.
 
 GLOSSARY    z: gate pre-activation   phi: act   phi': slope   A, B: lora_A, lora_B
     rho    selection_weight       phi / z; SiLU: sigmoid(z)
@@ -157,7 +157,7 @@ class NALoRAConfig:
     """What the method can vary. ValueError on other values."""
     keep: float = 0.5  # share of the gate channels whose row of B_gate moves, in (0, 1]
     ema: float = 0.9  # decay of the importance per step, in [0, 1)
-    stride: int = 17  # observe every 17th token: cheap; shifted by one at each step
+    stride: int = 17  # observe every 17th token; shifted by one each step
     mask: str = "derivative"  # or "none": every row moves
     scale: str = "homogeneity"  # or "none": scale 1
     def __post_init__(self):
@@ -232,7 +232,7 @@ class NALoRA:
     """Turns LoRA training into NA-LoRA: make it after the optimizer, then train as ever, also with
     accumulation, checkpointing, DDP, GradScaler or autocast. ValueError, and no hook, if no FFN can
     be steered or `optimizer` lacks their LoRA. A subclass may replace where z comes from (find,
-    attach, see), what p is (value, of p's memory), the method (observe, decide, row_factor)."""
+    attach, see), the view of a parameter (value), the method (observe, decide, row_factor)."""
     def __init__(self, model, optimizer, config=None):
         self.config = config or NALoRAConfig()
         self.token_mask = None  # (batch, seq) of the next pass, nonzero for real tokens
@@ -270,7 +270,7 @@ class NALoRA:
         if not (ffn.act.training and z.requires_grad):
             return  # evaluation, or nothing learns
         real = z.new_ones(z.shape[:-1]) if self.token_mask is None else self.token_mask
-        if real.shape != z.shape[:-1] and real.numel() != len(z):  # flat z
+        if z.shape[:-1] not in (real.shape, (real.numel(),)):  # or flat z
             raise ValueError(f"token_mask is {tuple(real.shape)}, but the gates see tokens "
                              f"{tuple(z.shape[:-1])}: set it before each pass, or to None.")
         every = slice(self.steps % self.config.stride, None, self.config.stride)
@@ -282,7 +282,7 @@ class NALoRA:
         self.before = {p: self.value(p).clone() for ffn in self.ffns for p in ffn.parameters}
 
     def after_step(self, optimizer, args, kwargs):
-        seen = [ffn for ffn in self.ffns if ffn.sums is not None]  # has to be the same on all ranks
+        seen = [ffn for ffn in self.ffns if ffn.sums is not None]  # ranks that differ would hang
         if seen and self.step_ends(optimizer):
             for ffn in seen:
                 self.sum_over_ranks(ffn)
@@ -333,7 +333,7 @@ class NALoRA:
         """Goes on from a `state_dict`. ValueError if its configuration or FFNs differ."""
         here = self.state_dict()
         if saved["config"] != here["config"] or saved["ffns"].keys() != here["ffns"].keys():
-            raise ValueError("This state is of another configuration or another model.")
+            raise ValueError("This state is of another configuration or other FFN names.")
         self.steps = saved["steps"]
         for ffn in self.ffns:
             tensors = saved["ffns"][ffn.name].items()
@@ -420,7 +420,7 @@ def read_folder(directory, prefix=""):
     try:
         config = json.loads((Path(directory) / f"{prefix}config.json").read_text(encoding="utf-8"))
         tensors = safetensors.torch.load_file(Path(directory) / f"{prefix}model.safetensors")
-        return dict(config), {k: t for k, t in tensors.items() if t.isfinite().all()}  # or missing
+        return dict(config), {k: t for k, t in tensors.items() if t.isfinite().all()}  # drops NaNs
     except (OSError, ValueError, TypeError, RuntimeError, safetensors.SafetensorError) as e:
         raise ValueError(f"{directory} cannot be read: {e}") from None
 
