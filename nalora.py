@@ -333,7 +333,7 @@ class NALoRA:
         """Goes on from a `state_dict`. ValueError if its configuration or FFNs differ."""
         here = self.state_dict()
         if saved["config"] != here["config"] or saved["ffns"].keys() != here["ffns"].keys():
-            raise ValueError("This state is of another configuration or other FFN names.")
+            raise ValueError("This state is of another configuration or other FFNs.")
         self.steps = saved["steps"]
         for ffn in self.ffns:
             tensors = saved["ffns"][ffn.name].items()
