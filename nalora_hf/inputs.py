@@ -192,6 +192,10 @@ def load(s):
                              "weights as .safetensors could be fetched from the hub: check the "
                              "spelling and the network.") from None
         raise ValueError(f"{path} cannot be loaded: {str(e).strip()}") from None
+    if path.is_file():  # a GGUF file's weights are expanded by now, but still called quantized
+        model.is_quantized = False
+        model.hf_quantizer = None
+        del model.config.quantization_config
     if tokenizer.eos_token is None:
         raise ValueError(f"The tokenizer of {path} has no end-of-text token (eos_token), with "
                          "which each answer ends.")
