@@ -348,7 +348,7 @@ class NALoRA:
 # ---- 3 LoRA, and its files as PEFT writes them -------------------------------
 class LoRALinear(nn.Module):
     """y = base_layer(x) + (alpha / rank) B A x (arXiv 2106.09685); B = 0, a no-op, at the start.
-    base: nn.Linear. A and B are float32. ValueError on a rank or alpha that cannot be."""
+    base: nn.Linear. A and B are float32. ValueError on a wrong rank or alpha."""
     def __init__(self, base, rank, alpha):
         super().__init__()
         most = min(base.in_features, base.out_features)
@@ -407,7 +407,7 @@ def merge_lora(model):
     return list(layers)
 
 def write_files(directory, files):
-    """Writes {name: bytes}; whatever happens, each file is the old one or the new one."""
+    """Writes {name: bytes}; whatever happens, a file is the old one or the new one."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
@@ -420,7 +420,7 @@ def read_folder(directory, prefix=""):
     try:
         config = json.loads((Path(directory) / f"{prefix}config.json").read_text(encoding="utf-8"))
         tensors = safetensors.torch.load_file(Path(directory) / f"{prefix}model.safetensors")
-        return dict(config), {k: t for k, t in tensors.items() if t.isfinite().all()}  # drops NaNs
+        return dict(config), {k: t for k, t in tensors.items() if t.isfinite().all()}
     except (OSError, ValueError, TypeError, RuntimeError, safetensors.SafetensorError) as e:
         raise ValueError(f"{directory} cannot be read: {e}") from None
 
@@ -431,15 +431,15 @@ def adapter_tensors(model):
 
 def save_adapter(model, directory, base_model=None):
     """Writes adapter_config.json and adapter_model.safetensors as PEFT does; base_model: the base's
-    name or path, for PEFT. ValueError if they would not hold all that trains."""
-    layers = lora_layers(model)
+    name or path. ValueError if they would not hold all that trains."""
+    layers = {name: m for name, m in lora_layers(model).items() if type(m) is LoRALinear}
     sizes = {(layer.rank, layer.alpha) for layer in layers.values()}
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     if len(sizes) != 1 or len(trained) > 2 * len(layers):
-        raise ValueError(f"An adapter is LoRA of one rank and alpha alone, not {sizes}, {trained}.")
+        raise ValueError(f"An adapter is plain LoRA of one rank and alpha: {sizes}, {trained}.")
     rank, alpha = sizes.pop()
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": alpha,
-              "target_modules": list(layers), "lora_dropout": 0.0, "bias": "none",
+              "target_modules": list(layers), "bias": "none",
               "base_model_name_or_path": base_model and str(base_model), "inference_mode": True}
     tensors = safetensors.torch.save(adapter_tensors(model), {"format": "pt"})
     write_files(directory, {"adapter_config.json": json.dumps(config, indent=2).encode(),

@@ -612,7 +612,7 @@ def test_adapter_round_trip_in_pefts_words(tmp_path):
     config, file = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
     assert json.loads(config.read_text()) == {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "bias": "none",
-        "target_modules": names, "lora_dropout": 0.0, "inference_mode": True,
+        "target_modules": names, "inference_mode": True,
         "base_model_name_or_path": "the/base"}
     assert safetensors.torch.load_file(file).keys() == {
         f"base_model.model.{name}.lora_{x}.weight" for name in names for x in "AB"}
@@ -625,7 +625,7 @@ def test_adapter_round_trip_in_pefts_words(tmp_path):
     model.lm_head.weight.requires_grad_(True)
     fresh.model.layers[1].mlp.gate_proj.alpha = 7
     for wrong in (model, fresh, small_llama().requires_grad_(False)):
-        refuses("one rank and alpha alone", save_adapter, wrong, tmp_path / "new")
+        refuses("plain LoRA of one rank", save_adapter, wrong, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 B0 = "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"
