@@ -11,7 +11,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
-import vectors  # noqa: E402
+import vectors
 
 lab = importlib.import_module(os.environ.get("LAB", "steps"))
 TORCH = {"silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu,

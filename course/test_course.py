@@ -19,11 +19,11 @@ ROOT = HERE.parent
 os.environ["LAB"] = "solutions"
 sys.path[:0] = [str(HERE), str(ROOT), str(ROOT / "data" / "vectors")]
 
-import check  # noqa: E402
-import make_vectors  # noqa: E402
-import nalora  # noqa: E402
-import solutions  # noqa: E402
-import vectors  # noqa: E402
+import check
+import make_vectors
+import nalora
+import solutions
+import vectors
 
 # ---- the vectors -------------------------------------------------------------
 def test_the_pseudo_code_of_the_vectors_is_that_of_nalora():

@@ -53,7 +53,6 @@ LOSE = [
     ("throws out", "threw out"),
 ]
 
-
 class Scene:
     """The cast of one text: three people, one kind of thing, one tense, and the random source that
     words it."""
@@ -127,28 +126,23 @@ class Scene:
             f"How many {self.thing} does {other} need to have as many as {person}?",
         )
 
-
 # The templates. Each takes a scene and three numbers and returns the sentences and the two steps
 # (x, sign, y) of the solution.
 def gain_gain(s, a, b, c):
     p = s.people[0]
     return [s.has(p, a), s.gain(p, b), s.gain(p, c), s.how_many(p)], [(a, "+", b), (a + b, "+", c)]
 
-
 def gain_lose(s, a, b, c):
     p = s.people[0]
     return [s.has(p, a), s.gain(p, b), s.lose(p, c), s.how_many(p)], [(a, "+", b), (a + b, "-", c)]
-
 
 def lose_gain(s, a, b, c):
     p = s.people[0]
     return [s.has(p, a), s.lose(p, b), s.gain(p, c), s.how_many(p)], [(a, "-", b), (a - b, "+", c)]
 
-
 def lose_lose(s, a, b, c):
     p = s.people[0]
     return [s.has(p, a), s.lose(p, b), s.lose(p, c), s.how_many(p)], [(a, "-", b), (a - b, "-", c)]
-
 
 def more_then_lose(s, a, b, c):
     p, q, _ = s.people
@@ -157,14 +151,12 @@ def more_then_lose(s, a, b, c):
         (a + b, "-", c),
     ]
 
-
 def fewer_then_gain(s, a, b, c):
     p, q, _ = s.people
     return [s.has(p, a), s.compare(q, p, b, "fewer"), s.gain(q, c), s.how_many(q)], [
         (a, "-", b),
         (a - b, "+", c),
     ]
-
 
 def more_more(s, a, b, c):
     p, q, r = s.people
@@ -173,7 +165,6 @@ def more_more(s, a, b, c):
         (a + b, "+", c),
     ]
 
-
 def more_fewer(s, a, b, c):
     p, q, r = s.people
     return [s.has(p, a), s.compare(q, p, b, "more"), s.compare(r, q, c, "fewer"), s.how_many(r)], [
@@ -181,14 +172,12 @@ def more_fewer(s, a, b, c):
         (a + b, "-", c),
     ]
 
-
 def pool_three(s, a, b, c):
     p, q, r = s.people
     return [s.has(p, a), s.has(q, b), s.has(r, c), s.how_many_in_all(p, q, r)], [
         (a, "+", b),
         (a + b, "+", c),
     ]
-
 
 def pool_then_lose(s, a, b, c):
     p, q, _ = s.people
@@ -203,13 +192,11 @@ def pool_then_lose(s, a, b, c):
         [(a, "+", b), (a + b, "-", c)],
     )
 
-
 def gap_after_loss(s, a, b, c):
     p, q, _ = s.people
     # after q's number a pronoun would mean q
     lose = f"{s.say(p, 'Then ' + p)} {s.rng.choice(LOSE)[s.past]} {c} {s.thing}."
     return [s.has(p, a), s.has(q, b), lose, s.how_many_more(p, q)], [(a, "-", c), (a - c, "-", b)]
-
 
 def start_unknown(s, a, b, c):
     p = s.people[0]
@@ -222,21 +209,17 @@ def start_unknown(s, a, b, c):
         [(a, "+", c), (a + c, "-", b)],
     )
 
-
 def twice(s):
     p, q, _ = s.people
     return s.say(f"{q} has twice as many {s.thing} as {p}.", f"{q} has twice as many as {p}.")
-
 
 def twice_then_gain(s, a, b, _):
     p, q, _ = s.people
     return [s.has(p, a), twice(s), s.gain(q, b), s.how_many(q)], [(a, "+", a), (a + a, "+", b)]
 
-
 def twice_then_lose(s, a, b, _):
     p, q, _ = s.people
     return [s.has(p, a), twice(s), s.lose(q, b), s.how_many(q)], [(a, "+", a), (a + a, "-", b)]
-
 
 TEMPLATES = [
     gain_gain,
@@ -255,10 +238,8 @@ TEMPLATES = [
     twice_then_lose,
 ]
 
-
 def evaluate(x, sign, y):
     return x + y if sign == "+" else x - y
-
 
 def word_problem(rng):
     """One problem as a dict: prompt, completion, answer, template, operands. Every number lies
@@ -281,7 +262,6 @@ def word_problem(rng):
         "operands": operands,
     }
 
-
 def split_problems():
     """{split: problems}. A pair (template, operands) occurs once over all three splits, whatever
     its wording."""
@@ -295,7 +275,6 @@ def split_problems():
                 seen.add(key)
                 splits[split].append(problem)
     return splits
-
 
 def story(rng):
     """A story with one or two changes or comparisons and the outcome, often with the equation in
@@ -357,7 +336,6 @@ def story(rng):
     more = s.say(f"{p} has more than {q}", f"{q} has fewer than {p}", f"{q} needs as many as {p}")
     return f"{sentences} {more}: {a}-{b}={a - b}."
 
-
 def one_step_question(rng):
     """A question that one equation answers, and that equation."""
     s = Scene(rng)
@@ -387,7 +365,6 @@ def one_step_question(rng):
     sign = "+" if plus else "-"
     return f"{' '.join(told)} {ask} {a}{sign}{b}={evaluate(a, sign, b)}."
 
-
 def plain_story(rng):
     """Two or three sentences of the same world without arithmetic."""
     s = Scene(rng)
@@ -414,12 +391,10 @@ def plain_story(rng):
     ]
     return " ".join(rng.sample(lines, rng.choice((2, 3))))
 
-
 def all_equations():
     """Every a+b and a-b whose numbers all lie between 0 and 99, as (question, answer)."""
     pairs = [(f"{a}+{b}=", a + b) for a in range(100) for b in range(100 - a)]
     return pairs + [(f"{a}-{b}=", a - b) for a in range(100) for b in range(a + 1)]
-
 
 def pretraining_text():
     """(documents for training, documents held out, held-out equations). A tenth of the equations is
@@ -443,20 +418,17 @@ def pretraining_text():
     rng.shuffle(documents)
     return documents[500:], documents[:500], held_out
 
-
 def train_tokenizer(text):
     """The byte-pair ranks {token bytes: rank} of the text, by tiktoken's own trainer."""
     from tiktoken._educational import bpe_train
 
     return bpe_train(data=text, vocab_size=VOCAB - 1, pat_str=PATTERN, visualise=None)
 
-
 def write(path, text):
     """Writes a whole file or nothing."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8", newline="\n")
     os.replace(temporary, path)
-
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
@@ -490,7 +462,6 @@ def main(argv=None):
     )
     for path in sorted(out.glob("*.*")):
         print(f"{path.stat().st_size:>10,} bytes  {path.name}")
-
 
 if __name__ == "__main__":
     main()

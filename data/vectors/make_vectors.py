@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from nalora import (GateSums, NALoRA, NALoRAConfig, State, blend, decide,  # noqa: E402
+from nalora import (GateSums, NALoRA, NALoRAConfig, State, blend, decide,
                     inject_lora, lora_parameters, observe)
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
