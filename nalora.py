@@ -407,7 +407,7 @@ def merge_lora(model):
     return list(layers)
 
 def write_files(directory, files):
-    """Writes {name: bytes}; whatever happens, a file is the old one or the new one."""
+    """Writes {name: bytes}; whatever happens, a file is the old one or the new."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
@@ -434,8 +434,8 @@ def save_adapter(model, directory, base_model=None):
     name or path. ValueError if they would not hold all that trains."""
     layers = {name: m for name, m in lora_layers(model).items() if type(m) is LoRALinear}
     sizes = {(layer.rank, layer.alpha) for layer in layers.values()}
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    if len(sizes) != 1 or len(trained) > 2 * len(layers):
+    trained = {n.rpartition(".")[0] for n, p in model.named_parameters() if p.requires_grad}
+    if len(sizes) != 1 or trained - layers.keys():
         raise ValueError(f"An adapter is plain LoRA of one rank and alpha: {sizes}, {trained}.")
     rank, alpha = sizes.pop()
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": alpha,

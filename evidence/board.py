@@ -4,7 +4,6 @@
 """
 import argparse
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -12,9 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from data.runs import COLOURS, new_figure, save_figure
+from evidence.common import relative
 from nalora import homogeneity, selection_weight, value_and_slope
 
-HERE = Path(os.path.relpath(Path(__file__).resolve().parent))
+HERE = relative(Path(__file__).resolve().parent)
 
 def draw_activations(path):
     """phi, rho, phi' and kappa of SiLU, GELU and ReLU: the four curves that the method is made

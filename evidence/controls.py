@@ -17,7 +17,6 @@ ours. Each is a row of a table below; `nalora.py` knows none of them.
             rho_prime    |rho'|
             downstream   |phi' u| times the norm of W_down's column: how far a move of z reaches
 """
-import os
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,9 +25,10 @@ import torch
 import train_tiny
 from data import problems
 from evidence import other_base
+from evidence.common import relative
 from nalora import NALoRA, NALoRAConfig, importance_mask, step_scale, value_and_slope, widen
 
-DATA = os.path.relpath(problems.DATA)       # so that results name it alike on every machine
+DATA = str(relative(problems.DATA))
 
 def row_draw(seed, index, rows, step=0, device=None):
     """A number in [0, 1) for each row of FFN number `index`, (rows,): of seed, index and step
@@ -93,7 +93,7 @@ CHOICES = {"mask": MASKS, "scale": SCALES, "budget": ("raw", "neutral"), "score"
 @dataclass(frozen=True)
 class Config(train_tiny.Config):
     """train_tiny's, the choices of the table above, and the data."""
-    base: str = os.path.join(DATA, "base")
+    base: str = str(relative(problems.BASE))
     data: str = DATA                        # folder like data/, or a JSON-lines file
     mask: str = "derivative"
     scale: str = "homogeneity"

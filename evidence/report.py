@@ -7,7 +7,6 @@ import argparse
 import csv
 import io
 import math
-import os
 import re
 import statistics
 import sys
@@ -15,12 +14,12 @@ from pathlib import Path
 
 from data.runs import read_json
 from evidence import figures
-from evidence.common import write_text
+from evidence.common import relative, write_text
 from evidence.controls import BLIND_MASKS, PRESETS
 from evidence.paired import COLUMNS, DIFFERENCES, by_seed, paired_difference, sweep_title
 from evidence.peers import PEERS
 
-HERE = Path(os.path.relpath(Path(__file__).resolve().parent))
+HERE = relative(Path(__file__).resolve().parent)
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # the controls that each method is compared with
 CONTROLS = {"nalora": ["nalora-shuffled", "random-mask", "random-uniform"],

@@ -13,7 +13,7 @@ import torch
 import nalora
 import train_tiny
 from data import problems, runs
-from evidence import bench, board, compare, figures, other_base, paired, report
+from evidence import bench, board, common, compare, figures, other_base, paired, report
 from evidence.conftest import HERE, README, small_llama
 from evidence.test_compare import comparison_arguments
 
@@ -34,6 +34,16 @@ def figure_of(monkeypatch, draw, *args):
         monkeypatch.setattr(module, "save_figure", keep)
     draw(*args, Path("unused.png"))
     return found[0]
+
+def test_paths_on_another_drive_stay_as_they_are(monkeypatch):
+    here = Path.cwd()
+    assert common.relative(here / "data" / "x") == Path("data/x")
+
+    def of_another_drive(path):             # what Windows answers
+        raise ValueError("path is on mount 'D:', start on mount 'C:'")
+
+    monkeypatch.setattr(common.os.path, "relpath", of_another_drive)
+    assert common.relative(here / "data") == here / "data"
 
 def committed(name):
     return json.loads((RESULTS / name / "comparison.json").read_text())
