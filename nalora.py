@@ -238,9 +238,6 @@ class NALoRA:
         self.token_mask = None  # (batch, seq) of the next pass, nonzero for real tokens
         self.steps = 0  # n
         self.ffns = self.find(model)
-        if not self.ffns or len({ffn.act for ffn in self.ffns}) < len(self.ffns):
-            raise ValueError("NALoRA steers FFNs with gate_proj, up_proj, down_proj, a module "
-                             "act_fn each, and LoRA on gate_proj; nalora_hf steers others.")
         held = {p for group in optimizer.param_groups for p in group["params"]}
         for ffn in self.ffns:
             if not {ffn.B_gate, *(p for p in ffn.parameters if p.requires_grad)} <= held:
@@ -257,6 +254,9 @@ class NALoRA:
                               for part in ("gate_proj", "up_proj", "down_proj"))
             if len(gate) == 2 and isinstance(getattr(ffn, "act_fn", None), nn.Module):
                 found.append(SteeredFFN(name, ffn.act_fn, gate[1], gate + up + down))
+        if not found or len({ffn.act for ffn in found}) < len(found):
+            raise ValueError("NALoRA steers FFNs with gate_proj, up_proj, down_proj, a module "
+                             "act_fn each, and LoRA on gate_proj; nalora_hf steers others.")
         return found
 
     def attach(self, ffn):
@@ -319,7 +319,7 @@ class NALoRA:
         ffn.state = decide(ffn.state, ffn.sums, self.config)
 
     def row_factor(self, ffn):
-        return (ffn.state.scale * ffn.state.mask)[:, None]  # (F, 1)
+        return (ffn.state.scale[..., None] * ffn.state.mask)[..., None]  # (F, 1)
 
     def statistics(self):  # {FFN name: its State as a dict of tensors and floats}
         return {ffn.name: {k: t if t.dim() else t.item() for k, t in ffn.state._asdict().items()}

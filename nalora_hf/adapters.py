@@ -12,7 +12,16 @@ import torch
 import torch.nn as nn
 
 import nalora
-from nalora_hf.families import named, own_modules, refuse, shapes
+from nalora_hf.modules import match_names as named
+from nalora_hf.modules import unwrapped_modules as own_modules
+
+def refuse(wrong, message):
+    if wrong:
+        raise ValueError(message)
+
+def shapes(tensors):
+    return {name: tuple(t.shape) for name, t in tensors.items()}
+
 
 # -- LoRA in a model, under the model's own names --------------------------------------------------
 class LoRALinear(nalora.LoRALinear):

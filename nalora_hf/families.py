@@ -1,126 +1,183 @@
-"""Which FFNs of a model are steered: their gates, widths, activations and LoRA pairs, under the
-model's own names. FFNs of one width stand stacked."""
-import math
+"""Three questions about a model: which of its FFNs are steered, which rows of which B make the gate
+z, and where z can be seen."""
+import inspect
 import re
+import warnings
 from collections import Counter
-from contextlib import suppress
 from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nalora import GateSums, LoRALinear, State, value_and_slope, widen
+from nalora import State, value_and_slope
+from nalora_hf.modules import match_names, unwrapped_modules
 
 GATES = ("gate_proj", "gate_up_proj")  # names of the linear layer in front of the activation
 
 def quick_gelu(z):
     return z * torch.sigmoid(1.702 * z)
 
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "quick_gelu": quick_gelu, "relu": F.relu,
-               "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}  # as configs name them
+ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu, "quick_gelu": quick_gelu,
+               "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu}
 
-def refuse(wrong, message):
-    if wrong:
-        raise ValueError(message)
-
-def shapes(tensors):
-    return {name: tuple(t.shape) for name, t in tensors.items()}
-
-class Stack:
-    """FFNs of one width, device and activation; their states stand stacked."""
-    def __init__(self, ffns, height, width, dtype, device):  # [(name, FFN, gate, activation)]
-        self.names, self.ffns, self.gates, acts = zip(*ffns)
-        self.act = acts[0]
-        # Of each FFN, the module that the activation is, should it be the FFN's own.
-        self.acts = [act if act in ffn.children() and acts.count(act) == 1 else None
-                     for ffn, act in zip(self.ffns, acts)]
-        self.height = height  # rows of B_gate
-        self.rows = torch.arange(width, device=device)  # those that make z
-        self.fused = height > width  # then the first pass tells which they are
-        refuse(self.fused and None in self.acts, f"{self.names[0]} computes gate and up in one "
-               "layer, and its activation is no module of its own: which rows are the gate's "
-               "cannot be seen.")
-        zero = widen(torch.zeros(len(ffns), width, dtype=dtype, device=device))
-        refuse(value_and_slope(self.act, zero[0, :1])[0].any(),
-               f"The activation of {self.names[0]} is not 0 at 0, so it is not self-gated.")
-        one = zero.new_ones(len(ffns))
-        self.state = State(zero, zero == 0, one * math.nan, one * math.nan, one)
+class FFN:
+    """What is known of a steered FFN: nalora.SteeredFFN's fields, for any layout."""
+    def __init__(self, name, module, gate, phi, owns_phi):
+        self.name = name
+        self.module = module
+        self.gate = gate  # the layer in front of the activation
+        self.phi = phi
+        self.act = phi if owns_phi else gate  # phi's input is z, or else the gate's output
+        layers = [m for n, m in unwrapped_modules(module).items() if n and "." not in n]
+        self.parameters = [p for layer in layers for pair in lora_pairs(layer) for p in pair]
+        self.B_gates = [B for _, B in lora_pairs(gate)]  # of several active adapters, several
+        self.B_gate = self.B_gates[0]  # (rows, rank)
+        self.width = gate_width(module, gate)  # F
+        self.fused = len(self.B_gate) > self.width  # then B's other rows make up
+        self.rows = None if self.fused else torch.arange(self.width, device=self.B_gate.device)
+        self.check_rows = self.fused  # look at the first pass whether z is the gate's output
+        self.output = None  # the gate's, until then
+        self.ignores_mask = False
+        self.group = None  # and the place in it: steer.py's
+        self.index = None
         self.forget()
 
     def forget(self):
-        """Begins a step: nothing is observed yet."""
-        self.samples = {}  # {i: (z (T, F), weight (T,))} of one pass
-        self.seen = Counter()  # {i: passes since the last step}
-        self.trained = False  # whether backward came through
-        self.masked = False  # whether the token mask was of use
-        score = torch.zeros_like(self.state.importance)  # (N, F)
-        self.sums = GateSums(score, *score.new_zeros(4, len(score)))
+        """Begins a step."""
+        self.counted = False  # a pass counted in forward, so that backward's is the same again
+        self.masks = []  # of passes without gradients: a checkpoint may compute them again
 
-    def take_samples(self):
-        """Those of one pass, padded with weight 0 where an FFN saw fewer tokens, or none."""
-        nothing = [t[:0] for t in next(iter(self.samples.values()))]
-        samples = [self.samples.get(i, nothing) for i in range(len(self.gates))]
-        self.samples = {}
-        self.trained = True
-        return [nn.utils.rnn.pad_sequence(t, batch_first=True) for t in zip(*samples)]
+    @property
+    def state(self):
+        return State(*(t[self.index].clone() for t in self.group.state))
 
-    def factors(self, rows, scales):
-        """Those of a step of B_gate (N, rows of B, 1), whose rows that make no gate take the scale
-        alone, and of other parameters (N,)."""
-        if self.fused:
-            every = scales[:, None, None].repeat(1, self.height, 1)
-            rows = every.index_copy_(1, self.rows, rows)
-        return rows.unbind(), scales.unbind()
+    def is_active(self):
+        """Whether the adapter that is steered is the one that computes."""
+        return (not getattr(self.gate, "disable_adapters", False)
+                and any(B is self.B_gate for _, B in lora_pairs(self.gate)))
 
-def stack_ffns(model, gate, act):
-    """([Stack of all FFNs whose gate carries LoRA], a sentence on what is steered)."""
+    def kind(self):
+        """Equal for FFNs that one call may observe."""
+        return kind_of(self.phi), self.width, self.B_gate.dtype, self.B_gate.device
+
+    def weight(self, z, mask):
+        """(tokens,): nonzero for those of z (..., F) that count."""
+        if mask is not None and not self.ignores_mask:
+            if z.shape[:-1] in (mask.shape, (mask.numel(),)):  # some models flatten (batch, seq)
+                return mask.flatten() != 0
+            if not self.several_towers:  # else it may be another's
+                raise ValueError(f"token_mask is {tuple(mask.shape)}, but the gates see tokens "
+                                 f"{tuple(z.shape[:-1])}: set it before each pass, or to None.")
+        return z.new_ones(z.shape[:-1]).flatten()
+
+    def mask_of_recomputed(self, mask):
+        """The mask of a pass that runs within backward, by those of passes without gradients: a
+        checkpoint computes again the last one that is left, others set theirs anew."""
+        if self.masks and all(other is self.masks[0] for other in self.masks):
+            mask = self.masks[0]
+        elif self.masks and mask is self.masks[-1]:
+            warnings.warn("Several passes with their token masks came before one backward, under "
+                          "reentrant checkpointing, which tells them not apart: use_reentrant="
+                          "False does.")
+        self.masks = [other for other in self.masks if other is not mask]
+        return mask
+
+    def find_rows(self, z):
+        """Which rows of B make z: those whose outputs are like it. The first pass tells."""
+        output = self.output.flatten(0, -2)[:256].float()  # (T, rows)
+        z = z.detach().flatten(0, -2)[:256].float()  # (T, F)
+        if not z.numel():
+            return
+        count = output.size(-1)
+        layouts = {1: [(0, 1)], 2: [(0, 1), (self.width, 1), (0, 2), (1, 2)]}  # (first row, stride)
+        alike = {}
+        if z.size(-1) == self.width and len(z) == len(output):
+            for first, stride in layouts.get(count / self.width, []):
+                rows = first + stride * torch.arange(self.width, device=z.device)
+                both = torch.stack([output[:, rows].flatten(), z.flatten()])
+                alike[rows] = torch.corrcoef(both)[0, 1].abs().nan_to_num().item()
+        best = sorted(alike, key=alike.get)[-1:]
+        if not best or alike[best[0]] < 0.3 or sorted(alike.values())[:-1][-1:] > [0.9]:
+            raise ValueError(f"In {self.name} the activation does not see the output of the layer "
+                             "that `gate` names: name the one before it.")
+        self.rows = best[0]
+        self.check_rows = False
+        self.output = None
+
+def find_ffns(model, gate, act):
+    """([FFN] whose gate carries LoRA, a sentence on what is steered). ValueError if none can be."""
     gates = [gate] if isinstance(gate, str) else list(gate)
-    modules = own_modules(model)
+    modules = unwrapped_modules(model)
     config = getattr(modules[""], "config", None)
-    matches = {name: modules[name] for name in named(modules, gates)}
-    alike = {}
+    matches = {name: modules[name] for name in match_names(modules, gates)}
+    given = activation_named(act)
+    found = []
     for path, layer in matches.items():
         name, _, leaf = path.rpartition(".")
-        ffn = modules[name]
-        theirs = [g for g in GATES if hasattr(ffn, g)]
-        refuse(theirs and leaf not in theirs, f"The gate of {name} is {' or '.join(theirs)}.")
-        phi = activation(ffn, config) or act
+        theirs = [g for g in GATES if hasattr(modules[name], g)]
+        if theirs and leaf not in theirs:
+            raise ValueError(f"The gate of {name} is {' or '.join(theirs)}.")
+        own = activation(modules[name], config)
+        phi = given if own is None else own
         if lora_pairs(layer) and phi is not None:
-            B = lora_pairs(layer)[0][1]  # (rows, rank)
-            key = (kind(phi), len(B), channels(ffn, layer), B.dtype, B.device)
-            alike.setdefault(key, []).append((name, ffn, layer, phi))
-    if not alike:
+            found.append((name, modules[name], layer, phi))
+    if not found:
         refuse_all(modules, gates[0], matches)
-    stacks = [Stack(ffns, *sizes) for (_, *sizes), ffns in alike.items()]
-    names = [name for stack in stacks for name in stack.names]
+    shared = Counter(id(phi) for *_, phi in found)
+    ffns = [FFN(name, module, layer, phi, shared[id(phi)] == 1 and calls(module, phi))
+            for name, module, layer, phi in found]
+    for ffn in ffns:
+        check(ffn)
+        ffn.check_rows |= not {*gates} <= {*GATES}
+    names = [ffn.name for ffn in ffns]
     towers = {re.split(r"\.\d", f".{name}")[0] for name in names}  # what stands before the number
     twofold = getattr(config, "is_encoder_decoder", False)
-    for stack in stacks:
-        stack.several_towers = len(towers) > 1
-        stack.decodes = [twofold and ".decoder." in f".{name}" for name in stack.names]
+    for ffn in ffns:  # a token mask is of one tower's tokens; of two halves, the encoder's
+        ffn.several_towers = len(towers) > 1
+        ffn.ignores_mask = twofold and ".decoder." in f".{ffn.name}"
     plain = Counter(name.split(".")[-1] for name, m in modules.items()
                     if lora_pairs(m) and name.rpartition(".")[0] not in names)
     rest = ", ".join(f"{count} {name}" for name, count in plain.items()) or "nothing else"
-    return stacks, f"NALoRA steers {len(names)} of {len(matches)} FFNs; plain LoRA on {rest}."
+    return ffns, f"NALoRA steers {len(names)} of {len(matches)} FFNs; plain LoRA on {rest}."
+
+def check(ffn):
+    """ValueError if it cannot be steered."""
+    for p in ffn.parameters:
+        if p.is_meta:
+            raise ValueError(f"The LoRA of {ffn.name} stands on the meta device, without data: "
+                             "load the base onto a device first (not offloaded).")
+        within_rows = any(s.is_shard(1) for s in getattr(p, "placements", ()))
+        if within_rows or p.dim() != 2 or not p.numel():
+            raise ValueError(f"The LoRA parameters of {ffn.name} are flattened or sharded within "
+                             "rows (FSDP1, ZeRO-3): use FSDP2's fully_shard.")
+    if ffn.fused and ffn.act is ffn.gate:
+        raise ValueError(f"{ffn.name} computes gate and up in one layer, and its activation is no "
+                         "module of its own: which rows are the gate's cannot be seen.")
+    if value_and_slope(ffn.phi, torch.zeros(1, device=ffn.B_gate.device))[0].any():
+        raise ValueError(f"The activation of {ffn.name} is not 0 at 0, so it is not self-gated.")
 
 def refuse_all(modules, gate, matches):
     """ValueError: why no FFN can be steered, and what to do."""
     lora = [name for name, m in modules.items() if lora_pairs(m)]
     for name in lora:
-        refuse(name in matches, f"{name.rpartition('.')[0]} has no activation (act_fn, act): say "
-               "which one it is with act=...")
-    refuse(any(hasattr(m, "base_layer") for m in matches.values()), f"The adapter on {gate} has no "
-           "pair of A and B that could be steered: use LoRA.")
-    experts = any(hasattr(m, "parameter_name") for m in modules.values())  # as PEFT wraps them
-    refuse(experts, "The LoRA is on this model's fused experts, which NALoRA does not steer. If it "
-           "has dense or shared FFNs, too, put LoRA on their gates: inject_lora reaches them.")
-    refuse(not lora, f"No gated FFN here has LoRA on its {gate}: inject it first.")
+        if name in matches:
+            raise ValueError(f"{name.rpartition('.')[0]} has no activation (act_fn, act): say "
+                             "which one it is with act=...")
+    if any(hasattr(m, "base_layer") for m in matches.values()):
+        raise ValueError(f"The adapter on {gate} has no pair of A and B that could be steered: "
+                         "use LoRA.")
+    if any(hasattr(m, "parameter_name") for m in modules.values()):  # experts as PEFT wraps them
+        raise ValueError("The LoRA is on this model's fused experts, which NALoRA does not steer. "
+                         "If it has dense or shared FFNs, too, put LoRA on their gates: "
+                         "inject_lora reaches them.")
+    if not lora:
+        raise ValueError(f"No gated FFN here has LoRA on its {gate}: inject it first.")
     found = ", ".join(sorted({name.split(".")[-1] for name in lora}))
     raise ValueError(f"No gated FFN here has LoRA on its {gate}. It is on {found}: name the one in "
                      "front of the activation with gate=..., or put LoRA on the gate.")
 
-def channels(ffn, gate):
+def gate_width(ffn, gate):
     """F: the gate's rows, or half of them where the FFN's last layer takes half as many."""
     rows = len(lora_pairs(gate)[0][1])
     takes = [features(m, "in") for m in ffn.children() if m is not gate]
@@ -132,16 +189,34 @@ def features(layer, side):
     name = f"{side}_features"
     return getattr(layer, name, getattr(getattr(layer, "base_layer", None), name, 0))
 
+NAMES = ("act_fn", "activation_fn", "act", "intermediate_act_fn", "activation")
+
 def activation(ffn, config=None):
     """An FFN's own activation; the config's, where a fused kernel took its place; or None."""
-    for name in ("act_fn", "activation_fn", "act", "intermediate_act_fn", "activation"):
+    for name in NAMES:
         if callable(getattr(ffn, name, None)):
             return getattr(ffn, name)
     if hasattr(ffn, "down_proj"):
         return ACTIVATIONS.get(getattr(getattr(ffn, "config", config), "hidden_act", None))
     return None
 
-def kind(act):
+def activation_named(act):
+    """The function of a name as configs write it, such as "silu"; else act itself."""
+    if isinstance(act, str) and act not in ACTIVATIONS or not (
+            act is None or isinstance(act, str) or callable(act)):
+        raise ValueError(f"act={act!r} is no activation: give a function, a module or one of "
+                         f"{', '.join(ACTIVATIONS)}.")
+    return ACTIVATIONS.get(act) if isinstance(act, str) else act
+
+def calls(ffn, phi):
+    """Whether phi is a module of this FFN's own that its forward pass calls. A fused kernel that
+    was put into one FFN (Liger's) leaves the module in place and does not name it."""
+    own = [name for name, m in ffn.named_children() if m is phi]
+    patch = inspect.unwrap(vars(ffn).get("forward", phi.forward if own else None))
+    code = getattr(getattr(patch, "__func__", patch), "__code__", None)
+    return bool(own) and ("forward" not in vars(ffn) or code is None or own[0] in code.co_names)
+
+def kind_of(act):
     """Equal if one call may evaluate both: one object, or modules alike in class and attributes."""
     if not isinstance(act, nn.Module):
         return id(act)
@@ -151,31 +226,11 @@ def kind(act):
 
 def lora_pairs(layer):
     """[(A (rank, in), B (out, rank))] of a LoRALinear or a PEFT layer's active adapters, or []."""
-    if isinstance(layer, LoRALinear):
-        return [(layer.lora_A, layer.lora_B)]
-    names = getattr(layer, "active_adapters", []) if hasattr(layer, "lora_A") else []
-    pairs = [(layer.lora_A[name], layer.lora_B[name]) for name in names if name in layer.lora_A]
+    pair = [getattr(layer, part, None) for part in ("lora_A", "lora_B")]
+    if any(part is None for part in pair):
+        return []
+    if isinstance(pair[0], nn.Parameter):
+        return [tuple(pair)]
+    names = [name for name in getattr(layer, "active_adapters", []) if name in pair[0]]
+    pairs = [[part[name] for part in pair] for name in names]
     return [tuple(getattr(part, "weight", part) for part in pair) for pair in pairs]
-
-def named(names, targets):
-    """Those of `names` that `targets` name: a list as in inject_lora or, as PEFT has it, one
-    regular expression."""
-    if isinstance(targets, str):
-        with suppress(re.error):
-            return [name for name in names if re.fullmatch(targets, name)]
-    if isinstance(targets, list):
-        return [name for name in names if any(f".{name}".endswith(f".{t}") for t in targets)]
-    return []
-
-def own_modules(model):
-    """{name: module} under the model's own names, whatever wrappers stand around its parts: of
-    torch.compile, DDP, FSDP or activation checkpointing."""
-    wrapped = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    modules = dict(model.named_modules())
-    own = {"": ""}
-    for name in list(modules)[1:]:  # parents first
-        parent, _, part = name.rpartition(".")
-        skip = part in wrapped or isinstance(modules[parent], parallel)
-        own[name] = own[parent] if skip else f"{own[parent]}.{part}".removeprefix(".")
-    return {own[name]: m for name, m in modules.items()}

@@ -1,0 +1,91 @@
+"""Which optimizers are steered, which ranks train together, and what goes past NALoRA."""
+import math
+import sys
+import warnings
+
+import torch
+import torch.nn as nn
+
+class Guard:
+    """Notices that something else than a step moved the LoRA parameters. Nothing waits for the
+    device: what it found is copied, and looked at whenever it has come."""
+    def __init__(self, device):
+        self.moved = torch.zeros((), device=device)
+        self.told = torch.zeros((), pin_memory=device.type == "cuda")
+
+    def compare(self, left, found):
+        pairs = [pair for pair in zip(left, found) if pair[0].numel()]
+        moved = torch._foreach_norm(torch._foreach_sub(*zip(*pairs)), math.inf)
+        moved = torch.stack([t.to(self.moved) for t in moved]).nan_to_num().amax()
+        self.moved.copy_(torch.maximum(moved, self.moved))
+        self.told.copy_(self.moved, non_blocking=True)
+        if self.told.tolist():
+            self.moved.zero_()
+            warnings.warn("Something else moved the LoRA parameters after NALoRA's step, such as "
+                          "another optimizer or one wrapped around this: give NALoRA the optimizer "
+                          "whose step() moves them.")
+
+STEP = torch.optim.Optimizer.profile_hook_step(print).__code__  # what torch wraps each step() in
+
+def is_nested(optimizer):
+    """Whether this step() was called by another one of this optimizer, as subclasses do: torch's
+    hooks stand around both."""
+    calls = 0
+    frame = sys._getframe()
+    while frame is not None:
+        calls += frame.f_code is STEP and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return calls > 1
+
+def usable_optimizers(given):
+    """[torch.optim.Optimizer], each with a step() that torch's hooks stand around."""
+    optimizers = list(given) if isinstance(given, (list, tuple)) else [given]
+    optimizers = [o.optimizer if type(o).__module__.startswith("accelerate.") else o
+                  for o in optimizers]
+    for o in optimizers:
+        kind = type(o).__name__
+        if not (hasattr(o, "_optimizer_step_post_hooks") and hasattr(type(o).step, "hooked")):
+            raise ValueError(f"NALoRA hooks the step() of a torch.optim.Optimizer, which {kind} "
+                             "is not, or it skips torch's __init__: give the optimizer within, if "
+                             "all that moves the parameters is its step().")
+        if hasattr(o, "eval"):  # such as schedule-free ones
+            raise ValueError(f"{kind} evaluates at averages of its own, which would move resting "
+                             "rows: use another optimizer.")
+    return optimizers
+
+def parameters_by_optimizer(optimizers, ffns):
+    """{optimizer: [(parameter, its FFN)]} of what trains."""
+    owner = {id(p): o for o in optimizers for group in o.param_groups for p in group["params"]
+             if p.requires_grad}
+    for ffn in ffns:
+        for p in ffn.parameters:
+            if id(p) not in owner and (p.requires_grad or any(p is B for B in ffn.B_gates)):
+                raise ValueError(f"The optimizer does not hold the LoRA parameters of {ffn.name}, "
+                                 "or they are frozen: make it after LoRA is in place (of PEFT with "
+                                 "is_trainable=True), or give a list of all that step together.")
+    return {o: [(p, ffn) for ffn in ffns for p in ffn.parameters if owner.get(id(p)) is o]
+            for o in optimizers}
+
+def distributed():
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+def this_rank():
+    return torch.distributed.get_rank() if distributed() else 0
+
+def find_process_groups(model, optimizer, ffns):
+    """([the ranks that train one model together], the DDP around it or None)."""
+    if not distributed() or torch.distributed.get_world_size() == 1:
+        return [], None
+    for m in model.modules():
+        if isinstance(m, nn.parallel.DistributedDataParallel):
+            return [m.process_group], m
+    mesh = getattr(ffns[0].B_gate, "device_mesh", None)
+    if mesh is not None:  # FSDP2's
+        return [mesh.get_group(i) for i in range(mesh.ndim)], None
+    first = optimizer[0] if isinstance(optimizer, (list, tuple)) else optimizer
+    if getattr(getattr(first, "accelerator_state", None), "num_processes", 1) > 1:
+        return [torch.distributed.group.WORLD], None
+    warnings.warn("torch.distributed is on, but neither DistributedDataParallel nor fully_shard is "
+                  "around the model: NALoRA decides on each rank by its own batches. If the ranks "
+                  "train one model, wrap it first, or set nalora.process_groups.")
+    return [], None

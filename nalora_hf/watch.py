@@ -1,0 +1,83 @@
+"""What NALoRA sees: hooks in the model, one operation in a compiled graph, samples of the gates."""
+import itertools
+import warnings
+import weakref
+
+import torch
+
+import nalora
+from nalora import GateSums, State, widen
+
+class Group:
+    """FFNs that one call observes: nalora.SteeredFFN's fields, whose tensors lead with (N,)."""
+    def __init__(self, ffns):
+        self.ffns = ffns
+        self.act = ffns[0].phi
+        for i, ffn in enumerate(ffns):
+            ffn.group = self
+            ffn.index = i
+        B = ffns[0].B_gate
+        zero = widen(torch.zeros(len(ffns), ffns[0].width, dtype=B.dtype, device=B.device))
+        one = zero.new_ones(len(ffns))
+        self.state = State(zero, zero == 0, one * torch.nan, one * torch.nan, one)
+        self.forget()
+
+    def forget(self):
+        """Begins a step: nothing is observed yet."""
+        self.samples = [[] for _ in self.ffns]  # [(z (T, F), weight (T,))] of each FFN's passes
+        zero = torch.zeros_like(self.state.importance)  # (N, F)
+        self.sums = GateSums(zero, *zero.new_zeros(4, len(zero)))
+
+    def take_samples(self):
+        """One pass of each FFN: z (N, T, F), weight (N, T); 0 where an FFN has none of T tokens."""
+        tokens = next(len(z) for passes in self.samples for z, _ in passes[:1])
+        taken = [passes.pop(0) if passes and len(passes[0][0]) == tokens else None
+                 for passes in self.samples]
+        z, weight = next(filter(None, taken))
+        taken = [(z, weight * 0) if pair is None else pair for pair in taken]
+        return [torch.stack(part) for part in zip(*taken)]
+
+class Hook(nalora.Hook):
+    """Shows NALoRA what an activation receives, or what a gate gives; under torch.compile as one
+    operation that the graph holds. A copy of a model has idle ones, which say so."""
+    keys = itertools.count()
+    living = weakref.WeakValueDictionary()  # {key: hook}
+
+    def __init__(self, nalora=None, ffn=None, show="see"):
+        super().__init__(nalora, ffn)
+        self.show = show
+        self.key = torch.tensor(next(self.keys))
+        self.living[int(self.key)] = self
+
+    def __reduce__(self):
+        return Hook, ()
+
+    def __call__(self, module, args, kwargs, *output):
+        z = [*output, *args, *kwargs.values()][0]
+        if self.nalora is not None:
+            self.tell(z, module.training and z.requires_grad)
+        elif module.training and z.requires_grad and not torch.compiler.is_compiling():
+            warnings.warn("NALoRA steers the model that this is a copy of, but the copy trains as "
+                          "plain LoRA: make a NALoRA for it.")
+
+    def tell(self, t, trains):
+        if not torch.compiler.is_compiling():
+            getattr(self.nalora, self.show)(self.ffn, t, trains)
+        elif trains:
+            torch.ops.nalora_hf.see(self.nalora.order, self.key, t.detach())
+
+@torch.library.custom_op("nalora_hf::see", mutates_args=("order",),
+                         tags=getattr(torch.Tag, "cudagraph_unsafe", ()))
+def see(order: torch.Tensor, key: torch.Tensor, z: torch.Tensor) -> None:
+    """A hook's call within a compiled graph; `order` keeps such calls in theirs."""
+    hook = Hook.living.get(int(key))
+    if hook is not None and hook.nalora is not None:
+        getattr(hook.nalora, hook.show)(hook.ffn, z, True)
+
+see.register_fake(lambda order, key, z: None)
+
+def drop_idle_hooks(act):
+    """Those that a copy of a steered model has."""
+    for key, hook in list(act._forward_pre_hooks.items()):
+        if isinstance(hook, Hook) and hook.nalora is None:
+            del act._forward_pre_hooks[key]
