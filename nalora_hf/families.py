@@ -61,15 +61,15 @@ class FFN:
         """Equal for FFNs that one call may observe."""
         return kind_of(self.phi), self.width, self.B_gate.dtype, self.B_gate.device
 
-    def weight(self, z, mask):
-        """(tokens,): nonzero for those of z (..., F) that count."""
-        if mask is not None and not self.ignores_mask:
-            if z.shape[:-1] in (mask.shape, (mask.numel(),)):  # some models flatten (batch, seq)
-                return mask.flatten() != 0
-            if not self.several_towers:  # else it may be another's
-                raise ValueError(f"token_mask is {tuple(mask.shape)}, but the gates see tokens "
-                                 f"{tuple(z.shape[:-1])}: set it before each pass, or to None.")
-        return z.new_ones(z.shape[:-1]).flatten()
+    def fitting(self, mask, z):
+        """The token mask if it is of gates z (..., F), or None."""
+        if mask is None or self.ignores_mask:
+            return None
+        if z.shape[:-1] in (mask.shape, (mask.numel(),)):  # some models flatten (batch, seq)
+            return mask
+        if not self.several_towers:  # else it may be another's
+            raise ValueError(f"token_mask is {tuple(mask.shape)}, but the gates see tokens "
+                             f"{tuple(z.shape[:-1])}: set it before each pass, or to None.")
 
     def mask_of_recomputed(self, mask):
         """The mask of a pass that runs within backward, by those of passes without gradients: a
@@ -85,10 +85,11 @@ class FFN:
 
     def find_rows(self, z):
         """Which rows of B make z: those whose outputs are like it. The first pass tells."""
-        output = self.output.flatten(0, -2)[:256].float()  # (T, rows)
-        z = z.detach().flatten(0, -2)[:256].float()  # (T, F)
         if not z.numel():
             return
+        output = z[..., :0] if self.output is None else self.output  # z came before it, or without
+        output = output.flatten(0, -2)[:256].float()  # (T, rows)
+        z = z.detach().flatten(0, -2)[:256].float()  # (T, F)
         count = output.size(-1)
         layouts = {1: [(0, 1)], 2: [(0, 1), (self.width, 1), (0, 2), (1, 2)]}  # (first row, stride)
         alike = {}

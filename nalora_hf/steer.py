@@ -40,9 +40,13 @@ class NALoRA(nalora.NALoRA):
         self.groups = [Group(ffns) for ffns in kinds.values()]
         self.order = torch.zeros(1)  # see the operation
         self.held = 0  # bytes of samples
-        self.seen = False  # a pass since the last step
-        self.dry = 0  # steps before which none was
+        self.seen = False  # whether a pass was since the last step
+        self.passes = 0  # of the first FFN, since then
+        self.dry = 0  # steps in a row before which none was
+        self.fitted = True  # whether the token mask was of use since then
         self.before = {}  # {optimizer: [each parameter before its last step; then, after it]}
+        self.stepping = False
+        self.begins = True  # no step was taken yet
         self.guard = Guard(self.ffns[0].B_gate.device)
         self.handles = []
         for o in self.optimizers:
@@ -88,22 +92,31 @@ class NALoRA(nalora.NALoRA):
         if not trains or in_backward and ffn.counted:
             return
         self.seen = True
-        if ffn.check_rows and ffn.output is not None:
+        self.passes += ffn is self.ffns[0]
+        if ffn is self.ffns[0] and (not self.before or self.passes.bit_count() == 1 < self.passes):
+            self.compare(() if self.stepping else self.optimizers)
+        if ffn.check_rows and ffn.act is not ffn.gate:
             ffn.find_rows(z)
         if z.size(-1) != ffn.width:
             raise ValueError(f"In {ffn.name} the activation receives {z.size(-1)} channels, and "
                              f"the gate gives {ffn.width}: name the layer before it with gate=...")
         every = slice(self.steps % self.config.stride, None, self.config.stride)
-        here = ffn.group.state.importance
-        weight = ffn.weight(z, mask)[every].to(here)  # (T,)
         sample = z.detach().flatten(0, -2)[every]  # (T, F)
+        given = mask
+        mask = ffn.fitting(mask, z)
+        self.fitted |= mask is given
+        weight = sample.new_ones(len(sample)) if mask is None else mask.flatten()[every].ne(0)
+        here = ffn.group.state.importance
         most = max(1, SAMPLES // (here.element_size() * ffn.width))  # tokens
-        for start in range(0, max(1, len(sample)), most):
-            part = sample[start:start + most].to(here, copy=True)  # without all tokens' memory
+        parts = [(sample, weight)]
+        if len(sample) > most:
+            parts = zip(sample.split(most), weight.split(most))
+        for part, its_weight in parts:
+            part = part.to(here, copy=True)  # its own memory, not that of all tokens
             if self.held + part.nbytes > SAMPLES:
                 self.add_up()
             self.held += part.nbytes
-            ffn.group.samples[ffn.index].append((part, weight[start:start + most]))
+            ffn.group.samples[ffn.index].append((part, its_weight.to(part)))
 
     def set_token_mask(self, ffn, mask, trains):  # from a hook of the model
         self.token_mask = mask.clone() if mask.numel() else None
@@ -121,40 +134,41 @@ class NALoRA(nalora.NALoRA):
         self.held = 0
 
     # -- steps ---------------------------------------------------------------------------------
+    @torch.no_grad()
+    def compare(self, optimizers):
+        """Are their parameters as they were after their last step, or at the first pass?"""
+        for optimizer in optimizers:
+            now = [widen(self.value(p)) for p, _ in self.steered[optimizer]]
+            before = self.before.get(optimizer, [])
+            if [(t.dtype, t.device) for t in before] == [(t.dtype, t.device) for t in now]:
+                self.guard.compare(before, now)
+            else:
+                self.before[optimizer] = [t.clone() for t in now]
+
     @torch.compiler.disable
     @torch.no_grad()
     def before_step(self, optimizer, args, kwargs):
         if is_nested(optimizer):
             return
+        self.compare([optimizer])
+        self.stepping = True
         values = [self.value(p) for p, _ in self.steered[optimizer]]
-        now = [widen(value) for value in values]
-        before = self.before.get(optimizer)
-        if before is None and self.steps == 0 and any(
+        if self.begins and self.steps == 0 and any(
                 optimizer.state.get(p) for p, _ in self.steered[optimizer]):
             warnings.warn("The optimizer goes on with a run, but NALoRA begins anew: give "
                           "load_state_dict what state_dict gave then.")
-        if before is None or [(t.dtype, t.device) for t in before] != [
-                (t.dtype, t.device) for t in now]:
-            self.before[optimizer] = [t.clone() for t in now]
-        else:
-            self.guard.compare(before, now)
-            torch._foreach_copy_(before, values)
+        self.begins = False
+        torch._foreach_copy_(self.before[optimizer], values)
 
     @torch.compiler.disable
     @torch.no_grad()
     def after_step(self, optimizer, args, kwargs):
         if is_nested(optimizer):
             return
+        self.stepping = False
         if self.seen and self.step_ends(optimizer):
-            self.add_up()
-            for group in self.groups:
-                self.sum_over_ranks(group)
-                self.decide(group)
-                group.forget()
-            self.steps += 1
-            self.seen = False
-            self.dry = 0
-        elif not self.seen:
+            self.end_step()
+        elif not self.seen and any(group.get("lr", 1) for group in optimizer.param_groups):
             self.dry += 1
             if self.dry == len(self.optimizers):
                 warnings.warn("NALoRA saw no pass before this step: is the model in train() mode, "
@@ -170,6 +184,21 @@ class NALoRA(nalora.NALoRA):
         torch._foreach_copy_(values, before)
         torch._foreach_copy_(before, values)  # as they are rounded: the guard compares
 
+    def end_step(self):
+        """Decides by what was seen."""
+        self.add_up()
+        for group in self.groups:
+            self.sum_over_ranks(group)
+            self.decide(group)
+            group.forget()
+        if self.token_mask is not None and not self.fitted:
+            warnings.warn("token_mask fits no FFN's tokens: set it before each pass, or to None.")
+        self.steps += 1
+        self.seen = False
+        self.passes = 0
+        self.dry = 0
+        self.fitted = False
+
     def sum_over_ranks(self, group):
         if self.process_groups:
             if self.ddp is not None and self.ddp._join_config.enable:
@@ -183,7 +212,7 @@ class NALoRA(nalora.NALoRA):
 
     def value(self, p):
         """The part of p that this rank holds: of FSDP2's DTensors some rows, else all."""
-        return p.to_local() if hasattr(p, "placements") else p.detach()
+        return p.to_local() if hasattr(p, "placements") else p
 
     def factor(self, ffn, p):
         """What the step of p is multiplied by: (rows, 1) for a B of the gate, else 0-dim."""
@@ -222,6 +251,8 @@ class NALoRA(nalora.NALoRA):
             group.forget()
         self.before.clear()
         self.seen = False
+        self.passes = 0
+        self.begins = False
 
     def summary(self):
         """Prints a table of the FFNs after the last step."""

@@ -121,7 +121,7 @@ def candidates(model):
                          and not re.search("router|attn|down_proj", name))
 
 def steer(fresh, keywords):
-    """(problem, stacks) of one step beside plain LoRA's, from two equal models that fresh() makes.
+    """(problem, FFNs) of one step beside plain LoRA's, from two equal models that fresh() makes.
     problem is "" where all is as it should be. ValueError if NALoRA refuses."""
     plain = fresh()
     try:
@@ -131,49 +131,43 @@ def steer(fresh, keywords):
     optimizer_of(plain).step()
     model = fresh()
     optimizer = optimizer_of(model)
-    tool = NALoRA(model, optimizer, NALoRAConfig(stride=1, keep=0.25), **keywords)
+    nalora = NALoRA(model, optimizer, NALoRAConfig(stride=1, keep=0.25), **keywords)
     received = {}
 
-    def note(key, z):
-        received.setdefault(key, []).append(z.detach().flatten(0, -2).float())
+    def note(ffn, z):
+        received.setdefault(ffn, []).append(z.detach().flatten(0, -2).float())
 
-    for stack in tool._stacks:
-        for i, gate in enumerate(stack.gates):
-            if stack.acts[i]:
-                stack.acts[i].register_forward_pre_hook(
-                    lambda act, inputs, key=(stack, i): note(key, inputs[0]))
-            else:
-                gate.register_forward_hook(lambda gate, x, z, key=(stack, i): note(key, z))
+    for ffn in nalora.ffns:
+        if ffn.act is ffn.gate:
+            ffn.gate.register_forward_hook(lambda gate, x, z, ffn=ffn: note(ffn, z))
+        else:
+            ffn.act.register_forward_pre_hook(lambda act, inputs, ffn=ffn: note(ffn, inputs[0]))
     before = {id(p): p.detach().clone() for p in model.parameters()}
     loss_of(model).backward()
     optimizer.step()
     after = dict(zip(map(id, model.parameters()), plain.parameters()))
     if not received:
         raise ValueError("no FFN that could be steered was called")
-    for stack, i in received:
-        z = torch.cat(received[stack, i])
-        importance = value_and_slope(stack.act, z)[1].abs().mean(0)
-        state = tool.statistics()[stack.names[i]]
-        if not torch.allclose(importance * 0.1, state["importance"], rtol=1e-4, atol=1e-6):
-            return "importance is not that of the activation's input", tool._stacks
-        for p, its_stack, j, is_gate in tool._steered[optimizer]:
-            if (its_stack, j) != (stack, i):
-                continue
-            factor = torch.full((len(p), 1), state["scale"])
+    for ffn in received:
+        z = torch.cat(received[ffn])
+        importance = value_and_slope(ffn.phi, z)[1].abs().mean(0)
+        if not torch.allclose(importance * 0.1, ffn.state.importance, rtol=1e-4, atol=1e-6):
+            return "importance is not that of the activation's input", nalora.ffns
+        for p in ffn.parameters:
+            is_gate = any(p is B for B in ffn.B_gates)
+            factor = ffn.state.scale.repeat(len(p), 1)
             if is_gate:
-                factor[stack.rows] *= state["mask"][:, None]
+                factor[ffn.rows] *= ffn.state.mask[:, None]
             if not torch.equal(p, blend(before[id(p)], after[id(p)], factor)):
-                return "a step is not blended as mask and scale say", tool._stacks
+                return "a step is not blended as mask and scale say", nalora.ffns
             if is_gate and torch.equal(p, before[id(p)]):
-                return "no row of B_gate moved", tool._stacks
-    return "", tool._stacks
+                return "no row of B_gate moved", nalora.ffns
+    return "", nalora.ffns
 
-def gated(tool_stack):
+def gated(ffn):
     """Whether an FFN multiplies its activation by features: another layer is as wide, or fused."""
-    ffn, gate = tool_stack.ffns[0], tool_stack.gates[0]
-    width = tool_stack.state.mask.size(-1)
-    others = [m for m in ffn.children() if m is not gate]
-    return tool_stack.fused or any(features(m, "out") == width for m in others)
+    others = [m for m in ffn.module.children() if m is not ffn.gate]
+    return ffn.fused or any(features(m, "out") == ffn.width for m in others)
 
 def try_family(name):
     """{"outcome": steered, ungated, refused, not built or wrong, "how", "said"} of a class."""
@@ -195,12 +189,12 @@ def try_family(name):
         ways = [{}, *({"gate": gate} for gate in names), {"gate": "w1", "act": F.silu}]
         for keywords in ways:
             try:
-                problem, stacks = steer(fresh, keywords)
+                problem, ffns = steer(fresh, keywords)
             except ValueError as e:
                 said.append(str(e).splitlines()[0])
                 continue
             how = ", ".join(f"{k}={getattr(v, '__name__', repr(v))}" for k, v in keywords.items())
-            kind = "steered" if gated(stacks[0]) else "ungated"
+            kind = "steered" if gated(ffns[0]) else "ungated"
             return {"outcome": "wrong" if problem else kind,
                     "how": how if by_peft else f"inject_lora {how}".strip(), "said": problem}
     return {"outcome": "refused", "how": "", "said": said[0]}

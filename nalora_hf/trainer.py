@@ -58,6 +58,7 @@ class NALoRACallback(TrainerCallback):
         if not path.exists():
             warnings.warn(f"{path.parent} holds no nalora.pt, so it was not written by NA-LoRA: "
                           "NALoRA begins anew.")
+            self.nalora.begins = False  # which would warn once more
             return
         try:
             self.nalora.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))

@@ -24,6 +24,8 @@ class Group:
 
     def forget(self):
         """Begins a step: nothing is observed yet."""
+        for ffn in self.ffns:
+            ffn.forget()
         self.samples = [[] for _ in self.ffns]  # [(z (T, F), weight (T,))] of each FFN's passes
         zero = torch.zeros_like(self.state.importance)  # (N, F)
         self.sums = GateSums(zero, *zero.new_zeros(4, len(zero)))
@@ -72,7 +74,9 @@ def see(order: torch.Tensor, key: torch.Tensor, z: torch.Tensor) -> None:
     """A hook's call within a compiled graph; `order` keeps such calls in theirs."""
     hook = Hook.living.get(int(key))
     if hook is not None and hook.nalora is not None:
-        getattr(hook.nalora, hook.show)(hook.ffn, z, True)
+        here = torch._C._dispatch_tls_local_include_set()
+        with torch._C._ForceDispatchKeyGuard(here, here - here):  # phi' takes autograd, too
+            getattr(hook.nalora, hook.show)(hook.ffn, z, True)
 
 see.register_fake(lambda order, key, z: None)
 
