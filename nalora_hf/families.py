@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from nalora import State, value_and_slope
 from nalora_hf.modules import match_names, unwrapped_modules
+from nalora_hf.watch import Group, Hook
 
 GATES = ("gate_proj", "gate_up_proj")  # names of the linear layer in front of the activation
 
@@ -23,6 +24,8 @@ ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu, "quick_gelu": qu
 
 class FFN:
     """What is known of a steered FFN: nalora.SteeredFFN's fields, for any layout."""
+    group_class = Group
+
     def __init__(self, name, module, gate, phi, owns_phi):
         self.name = name
         self.module = module
@@ -34,6 +37,7 @@ class FFN:
         self.B_gates = [B for _, B in lora_pairs(gate)]  # of several active adapters, several
         self.B_gate = self.B_gates[0]  # (rows, rank)
         self.width = gate_width(module, gate)  # F
+        self.shape = (self.width,)  # of its importance
         self.fused = len(self.B_gate) > self.width  # then B's other rows make up
         self.rows = None if self.fused else torch.arange(self.width, device=self.B_gate.device)
         self.check_rows = self.fused  # look at the first pass whether z is the gate's output
@@ -42,6 +46,20 @@ class FFN:
         self.group = None  # and the place in it: steer.py's
         self.index = None
         self.forget()
+
+    def attach(self, nalora):
+        """Hooks that show where z is; the gate's output too, if it may make more than z."""
+        handles = []
+        if self.act is self.gate or self.check_rows:
+            hook = Hook(nalora, self, "see" if self.act is self.gate else "note_output")
+            handles.append(self.gate.register_forward_hook(hook, with_kwargs=True))
+        if self.act is not self.gate:
+            hook = Hook(nalora, self)
+            handles.append(self.act.register_forward_pre_hook(hook, with_kwargs=True))
+        return handles
+
+    def stride(self, config):
+        return config.stride
 
     def forget(self):
         """Begins a step."""
@@ -54,7 +72,7 @@ class FFN:
 
     def is_active(self):
         """Whether the adapter that is steered is the one that computes."""
-        return (not getattr(self.gate, "disable_adapters", False)
+        return (self.act.training and not getattr(self.gate, "disable_adapters", False)
                 and any(B is self.B_gate for _, B in lora_pairs(self.gate)))
 
     def kind(self):
@@ -70,6 +88,23 @@ class FFN:
         if not self.several_towers:  # else it may be another's
             raise ValueError(f"token_mask is {tuple(mask.shape)}, but the gates see tokens "
                              f"{tuple(z.shape[:-1])}: set it before each pass, or to None.")
+
+    def sample(self, z, mask, every):
+        """(z (T, F), weight (T,)) of the tokens that `every` names."""
+        if z.size(-1) != self.width:
+            raise ValueError(f"In {self.name} the activation receives {z.size(-1)} channels, and "
+                             f"the gate gives {self.width}: name the layer before it with gate=...")
+        z = z.detach().flatten(0, -2)[every]
+        return z, z.new_ones(len(z)) if mask is None else mask.flatten()[every].ne(0)
+
+    def factor(self, p, rows, scale):
+        """What the step of p is multiplied by: (rows, 1) for a B of the gate, else 0-dim."""
+        if not any(p is B for B in self.B_gates):
+            return scale
+        if not self.fused:
+            return rows
+        factor = scale.repeat(len(p), 1)  # rows that make no gate take the scale alone
+        return factor if self.rows is None else factor.index_copy(0, self.rows, rows)
 
     def mask_of_recomputed(self, mask):
         """The mask of a pass that runs within backward, by those of passes without gradients: a
@@ -90,12 +125,9 @@ class FFN:
         output = z[..., :0] if self.output is None else self.output  # z came before it, or without
         output = output.flatten(0, -2)[:256].float()  # (T, rows)
         z = z.detach().flatten(0, -2)[:256].float()  # (T, F)
-        count = output.size(-1)
-        layouts = {1: [(0, 1)], 2: [(0, 1), (self.width, 1), (0, 2), (1, 2)]}  # (first row, stride)
         alike = {}
         if z.size(-1) == self.width and len(z) == len(output):
-            for first, stride in layouts.get(count / self.width, []):
-                rows = first + stride * torch.arange(self.width, device=z.device)
+            for rows in row_layouts(output.size(-1), self.width, z.device):
                 both = torch.stack([output[:, rows].flatten(), z.flatten()])
                 alike[rows] = torch.corrcoef(both)[0, 1].abs().nan_to_num().item()
         best = sorted(alike, key=alike.get)[-1:]
@@ -106,9 +138,15 @@ class FFN:
         self.check_rows = False
         self.output = None
 
-def find_ffns(model, gate, act):
-    """([FFN] whose gate carries LoRA, a sentence on what is steered). ValueError if none can be."""
-    gates = [gate] if isinstance(gate, str) else list(gate)
+def row_layouts(count, width, device):
+    """How a layer of so many rows may hold the gate's: all, a half, or every other one."""
+    layouts = {1: [(0, 1)], 2: [(0, 1), (width, 1), (0, 2), (1, 2)]}  # (first row, stride)
+    return [first + stride * torch.arange(width, device=device)
+            for first, stride in layouts.get(count / width, [])]
+
+def find_ffns(model, gates, act, experts, why):
+    """([FFN] whose gate carries LoRA, with `experts`, a sentence on what is steered). ValueError if
+    none can be. why: other experts are not."""
     modules = unwrapped_modules(model)
     config = getattr(modules[""], "config", None)
     matches = {name: modules[name] for name in match_names(modules, gates)}
@@ -123,24 +161,31 @@ def find_ffns(model, gate, act):
         phi = given if own is None else own
         if lora_pairs(layer) and phi is not None:
             found.append((name, modules[name], layer, phi))
-    if not found:
-        refuse_all(modules, gates[0], matches)
+    if not found and not experts:
+        refuse_all(modules, gates[0], matches, why)
     shared = Counter(id(phi) for *_, phi in found)
     ffns = [FFN(name, module, layer, phi, shared[id(phi)] == 1 and calls(module, phi))
             for name, module, layer, phi in found]
     for ffn in ffns:
-        check(ffn)
         ffn.check_rows |= not {*gates} <= {*GATES}
     names = [ffn.name for ffn in ffns]
-    towers = {re.split(r"\.\d", f".{name}")[0] for name in names}  # what stands before the number
+    ffns += experts
+    for ffn in ffns:
+        check(ffn)
+    towers = {re.split(r"\.\d", f".{ffn.name}")[0] for ffn in ffns}  # before the number
     twofold = getattr(config, "is_encoder_decoder", False)
     for ffn in ffns:  # a token mask is of one tower's tokens; of two halves, the encoder's
         ffn.several_towers = len(towers) > 1
         ffn.ignores_mask = twofold and ".decoder." in f".{ffn.name}"
     plain = Counter(name.split(".")[-1] for name, m in modules.items()
-                    if lora_pairs(m) and name.rpartition(".")[0] not in names)
+                    if lora_pairs(m) and name.rpartition(".")[0] not in names
+                    and not any(m in its.layers for its in experts))
     rest = ", ".join(f"{count} {name}" for name, count in plain.items()) or "nothing else"
-    return ffns, f"NALoRA steers {len(names)} of {len(matches)} FFNs; plain LoRA on {rest}."
+    steered = [f"{len(names)} of {len(matches)} FFNs"] if matches or not experts else []
+    if experts:
+        steered.append(f"{sum(its.count for its in experts)} experts in {len(experts)} layers")
+    said = f"NALoRA steers {' and '.join(steered)}; plain LoRA on {rest}. {why}".strip()
+    return ffns, said
 
 def check(ffn):
     """ValueError if it cannot be steered."""
@@ -155,7 +200,7 @@ def check(ffn):
     if ffn.fused and ffn.act is ffn.gate:
         raise ValueError(f"{ffn.name} computes gate and up in one layer, and its activation is no "
                          "module of its own: which rows are the gate's cannot be seen.")
-    if value_and_slope(ffn.phi, torch.zeros(1, device=ffn.B_gate.device))[0].any():
+    if value_and_slope(ffn.phi, torch.zeros(1, ffn.width, device=ffn.B_gate.device))[0].any():
         raise ValueError(f"The activation of {ffn.name} is not 0 at 0, so it is not self-gated.")
 
 def refuse_all(modules, gate, matches):

@@ -8,10 +8,11 @@ import torch.nn as nn
 
 import nalora
 from nalora import GateSums, NALoRAConfig, State, widen
+from nalora_hf.experts import find_experts
 from nalora_hf.families import GATES, find_ffns
 from nalora_hf.guard import (Guard, find_process_groups, is_nested, parameters_by_optimizer,
                              this_rank, usable_optimizers)
-from nalora_hf.watch import Group, Hook, drop_idle_hooks
+from nalora_hf.watch import drop_idle_hooks
 
 SAMPLES = 64 * 2**20  # bytes of gates that are held at most until they are observed
 
@@ -30,14 +31,15 @@ class NALoRA(nalora.NALoRA):
         self.config = config or NALoRAConfig()
         self.token_mask = None
         self.steps = 0
-        self.ffns, self.said = find_ffns(model, gate, act)
+        gates = [gate] if isinstance(gate, str) else list(gate)
+        self.ffns, self.said = find_ffns(model, gates, act, *find_experts(model, gates))
         self.optimizers = usable_optimizers(optimizer)
         self.steered = parameters_by_optimizer(self.optimizers, self.ffns)
         self.process_groups, self.ddp = find_process_groups(model, optimizer, self.ffns)
         kinds = {}
         for ffn in self.ffns:
             kinds.setdefault(ffn.kind(), []).append(ffn)
-        self.groups = [Group(ffns) for ffns in kinds.values()]
+        self.groups = [ffns[0].group_class(ffns) for ffns in kinds.values()]
         self.order = torch.zeros(1)  # see the operation
         self.held = 0  # bytes of samples
         self.seen = False  # whether a pass was since the last step
@@ -61,25 +63,20 @@ class NALoRA(nalora.NALoRA):
         return self.said
 
     def attach(self, ffn):
-        for hook in [*ffn.act._forward_pre_hooks.values(), *ffn.act._forward_hooks.values()]:
-            old = getattr(hook, "nalora", None) if isinstance(hook, nalora.Hook) else None
-            if old is not None and any(ffn.B_gate is other.B_gate for other in old.ffns):
-                old.remove()  # such as when a notebook's cell runs again
-        drop_idle_hooks(ffn.act)
-        if ffn.act is ffn.gate or ffn.check_rows:
-            show = "see" if ffn.act is ffn.gate else "note_output"
-            self.handles.append(ffn.gate.register_forward_hook(Hook(self, ffn, show),
-                                                               with_kwargs=True))
-        if ffn.act is not ffn.gate:
-            self.handles.append(ffn.act.register_forward_pre_hook(Hook(self, ffn),
-                                                                  with_kwargs=True))
+        for module in (ffn.act, ffn.gate, ffn.module):
+            drop_idle_hooks(module)
+            for hook in [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]:
+                old = getattr(hook, "nalora", None) if isinstance(hook, nalora.Hook) else None
+                if old is not None and any(ffn.B_gate is other.B_gate for other in old.ffns):
+                    old.remove()  # such as when a notebook's cell runs again
+        self.handles += ffn.attach(self)
 
     # -- passes --------------------------------------------------------------------------------
     def see(self, ffn, z, trains):
         """A pass of gates z (..., F). It counts if it is computed in train mode, with gradients. A
         checkpoint computes it again in backward: then it counts there if it did not in forward."""
         in_torch_func = torch._C._functorch.is_functorch_wrapped_tensor(z)
-        if in_torch_func or not (ffn.act.training and ffn.is_active()):
+        if in_torch_func or not ffn.is_active():
             return
         mask = self.token_mask
         in_backward = torch._C._current_graph_task_id() != -1
@@ -97,26 +94,18 @@ class NALoRA(nalora.NALoRA):
             self.compare(() if self.stepping else self.optimizers)
         if ffn.check_rows and ffn.act is not ffn.gate:
             ffn.find_rows(z)
-        if z.size(-1) != ffn.width:
-            raise ValueError(f"In {ffn.name} the activation receives {z.size(-1)} channels, and "
-                             f"the gate gives {ffn.width}: name the layer before it with gate=...")
-        every = slice(self.steps % self.config.stride, None, self.config.stride)
-        sample = z.detach().flatten(0, -2)[every]  # (T, F)
-        given = mask
-        mask = ffn.fitting(mask, z)
-        self.fitted |= mask is given
-        weight = sample.new_ones(len(sample)) if mask is None else mask.flatten()[every].ne(0)
+        fitting = ffn.fitting(mask, z)
+        self.fitted |= fitting is mask
+        stride = ffn.stride(self.config)
+        sample = ffn.sample(z, fitting, slice(self.steps % stride, None, stride))
         here = ffn.group.state.importance
         most = max(1, SAMPLES // (here.element_size() * ffn.width))  # tokens
-        parts = [(sample, weight)]
-        if len(sample) > most:
-            parts = zip(sample.split(most), weight.split(most))
-        for part, its_weight in parts:
-            part = part.to(here, copy=True)  # its own memory, not that of all tokens
-            if self.held + part.nbytes > SAMPLES:
+        for z, weight, *experts in zip(*(t.split(most) for t in sample)):
+            z = z.to(here, copy=True)  # its own memory, not that of all tokens
+            if self.held + z.nbytes > SAMPLES:
                 self.add_up()
-            self.held += part.nbytes
-            ffn.group.samples[ffn.index].append((part, its_weight.to(part)))
+            self.held += z.nbytes
+            ffn.group.samples[ffn.index].append((z, weight.to(z), *experts))
 
     def set_token_mask(self, ffn, mask, trains):  # from a hook of the model
         self.token_mask = mask.clone() if mask.numel() else None
@@ -129,8 +118,7 @@ class NALoRA(nalora.NALoRA):
     def add_up(self):
         """Adds what was sampled to the sums of the step, a group at a time."""
         for group in self.groups:
-            while any(group.samples):
-                group.sums = group.sums + self.observe(group, *group.take_samples())
+            group.add_up(self.observe)
         self.held = 0
 
     # -- steps ---------------------------------------------------------------------------------
@@ -215,18 +203,10 @@ class NALoRA(nalora.NALoRA):
         return p.to_local() if hasattr(p, "placements") else p
 
     def factor(self, ffn, p):
-        """What the step of p is multiplied by: (rows, 1) for a B of the gate, else 0-dim."""
+        """What the step of p, or of the part of it that this rank holds, is multiplied by."""
         rows, scales = self.factors[ffn.group]
-        factor = scales[ffn.index]
-        if not any(p is B for B in ffn.B_gates):
-            return factor
-        if ffn.fused:  # rows that make no gate take the scale alone
-            factor = factor.repeat(len(p), 1)
-            if ffn.rows is not None:
-                factor = factor.index_copy(0, ffn.rows, rows[ffn.index])
-        else:
-            factor = rows[ffn.index]
-        if hasattr(p, "placements"):  # of a DTensor, this rank's rows
+        factor = ffn.factor(p, rows[ffn.index], scales[ffn.index])
+        if factor.dim() and hasattr(p, "placements"):  # of a DTensor, this rank's rows
             whole = type(p).from_local(factor, p.device_mesh)  # the same on every rank
             factor = whole.redistribute(placements=p.placements).to_local()
         return factor
@@ -258,9 +238,10 @@ class NALoRA(nalora.NALoRA):
         """Prints a table of the FFNs after the last step."""
         width = max(len(ffn.name) for ffn in self.ffns)
         print(f"{'':{width}}  channels  moving  k_hat  z > 0  scale   after {self.steps} steps")
-        for name, s in self.statistics().items():
-            print(f"{name:{width}}  {len(s['mask']):8}  {s['mask'].float().mean():6.1%}  "
-                  f"{s['k_hat']:5.2f}  {s['occupancy']:5.1%}  {s['scale']:5.2f}")
+        for ffn in self.ffns:  # of experts the means
+            s = ffn.state
+            print(f"{ffn.name:{width}}  {s.mask.numel():8}  {s.mask.float().mean():6.1%}  "
+                  f"{s.k_hat.nanmean():5.2f}  {s.occupancy.nanmean():5.1%}  {s.scale.mean():5.2f}")
 
 def shapes(tensors):
     return tuple((name, tuple(t.shape)) for name, t in tensors.items())

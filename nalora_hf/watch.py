@@ -17,8 +17,8 @@ class Group:
             ffn.group = self
             ffn.index = i
         B = ffns[0].B_gate
-        zero = widen(torch.zeros(len(ffns), ffns[0].width, dtype=B.dtype, device=B.device))
-        one = zero.new_ones(len(ffns))
+        zero = widen(torch.zeros(len(ffns), *ffns[0].shape, dtype=B.dtype, device=B.device))
+        one = zero.new_ones(zero.shape[:-1])
         self.state = State(zero, zero == 0, one * torch.nan, one * torch.nan, one)
         self.forget()
 
@@ -28,7 +28,12 @@ class Group:
             ffn.forget()
         self.samples = [[] for _ in self.ffns]  # [(z (T, F), weight (T,))] of each FFN's passes
         zero = torch.zeros_like(self.state.importance)  # (N, F)
-        self.sums = GateSums(zero, *zero.new_zeros(4, len(zero)))
+        self.sums = GateSums(zero, *zero.new_zeros(4, *zero.shape[:-1]))
+
+    def add_up(self, observe):
+        """Adds what was sampled to the sums of the step."""
+        while any(self.samples):
+            self.sums = self.sums + observe(self, *self.take_samples())
 
     def take_samples(self):
         """One pass of each FFN: z (N, T, F), weight (N, T); 0 where an FFN has none of T tokens."""
@@ -64,9 +69,12 @@ class Hook(nalora.Hook):
 
     def tell(self, t, trains):
         if not torch.compiler.is_compiling():
-            getattr(self.nalora, self.show)(self.ffn, t, trains)
+            self.receive(t, trains)
         elif trains:
             torch.ops.nalora_hf.see(self.nalora.order, self.key, t.detach())
+
+    def receive(self, t, trains):
+        getattr(self.nalora, self.show)(self.ffn, t, trains)
 
 @torch.library.custom_op("nalora_hf::see", mutates_args=("order",),
                          tags=getattr(torch.Tag, "cudagraph_unsafe", ()))
@@ -76,12 +84,13 @@ def see(order: torch.Tensor, key: torch.Tensor, z: torch.Tensor) -> None:
     if hook is not None and hook.nalora is not None:
         here = torch._C._dispatch_tls_local_include_set()
         with torch._C._ForceDispatchKeyGuard(here, here - here):  # phi' takes autograd, too
-            getattr(hook.nalora, hook.show)(hook.ffn, z, True)
+            hook.receive(z, True)
 
 see.register_fake(lambda order, key, z: None)
 
-def drop_idle_hooks(act):
+def drop_idle_hooks(module):
     """Those that a copy of a steered model has."""
-    for key, hook in list(act._forward_pre_hooks.items()):
-        if isinstance(hook, Hook) and hook.nalora is None:
-            del act._forward_pre_hooks[key]
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if isinstance(hook, Hook) and hook.nalora is None:
+                del hooks[key]
