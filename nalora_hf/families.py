@@ -144,10 +144,9 @@ def row_layouts(count, width, device):
     return [first + stride * torch.arange(width, device=device)
             for first, stride in layouts.get(count / width, [])]
 
-def find_ffns(model, gates, act, experts, why):
+def find_ffns(modules, gates, act, experts, why):
     """([FFN] whose gate carries LoRA, with `experts`, a sentence on what is steered). ValueError if
     none can be. why: other experts are not."""
-    modules = unwrapped_modules(model)
     config = getattr(modules[""], "config", None)
     matches = {name: modules[name] for name in match_names(modules, gates)}
     given = activation_named(act)
@@ -203,9 +202,21 @@ def check(ffn):
     if value_and_slope(ffn.phi, torch.zeros(1, ffn.width, device=ffn.B_gate.device))[0].any():
         raise ValueError(f"The activation of {ffn.name} is not 0 at 0, so it is not self-gated.")
 
-def refuse_all(modules, gate, matches):
+def refuse_all(modules, gate, matches, why):
     """ValueError: why no FFN can be steered, and what to do."""
     lora = [name for name, m in modules.items() if lora_pairs(m)]
+    dense = [name for name, m in modules.items() if activation(m) is not None
+             and any(features(part, "out") for part in m.children())
+             and not re.search("router|attn|mixer", name)]
+    experts = [(name, m) for name, m in modules.items() if not hasattr(m, "base_layer")
+               and hasattr(m, "is_concatenated")]
+    if why and not dense:
+        raise ValueError(why)
+    if experts and not dense:
+        name = ".".join(experts[0][0].split(".")[-2:])
+        raise ValueError("The gates of this model are in its experts, and these carry no LoRA: "
+                         "PEFT puts it there with LoraConfig(target_parameters=["
+                         f"'{name}.gate_up_proj', '{name}.down_proj']).")
     for name in lora:
         if name in matches:
             raise ValueError(f"{name.rpartition('.')[0]} has no activation (act_fn, act): say "
@@ -213,10 +224,8 @@ def refuse_all(modules, gate, matches):
     if any(hasattr(m, "base_layer") for m in matches.values()):
         raise ValueError(f"The adapter on {gate} has no pair of A and B that could be steered: "
                          "use LoRA.")
-    if any(hasattr(m, "parameter_name") for m in modules.values()):  # experts as PEFT wraps them
-        raise ValueError("The LoRA is on this model's fused experts, which NALoRA does not steer. "
-                         "If it has dense or shared FFNs, too, put LoRA on their gates: "
-                         "inject_lora reaches them.")
+    if why:
+        raise ValueError(f"{why} The dense FFNs carry no LoRA: inject_lora puts it there.")
     if not lora:
         raise ValueError(f"No gated FFN here has LoRA on its {gate}: inject it first.")
     found = ", ".join(sorted({name.split(".")[-1] for name in lora}))

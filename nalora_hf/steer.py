@@ -12,6 +12,7 @@ from nalora_hf.experts import find_experts
 from nalora_hf.families import GATES, find_ffns
 from nalora_hf.guard import (Guard, find_process_groups, is_nested, parameters_by_optimizer,
                              this_rank, usable_optimizers)
+from nalora_hf.modules import unwrapped_modules
 from nalora_hf.watch import drop_idle_hooks
 
 SAMPLES = 64 * 2**20  # bytes of gates that are held at most until they are observed
@@ -32,7 +33,8 @@ class NALoRA(nalora.NALoRA):
         self.token_mask = None
         self.steps = 0
         gates = [gate] if isinstance(gate, str) else list(gate)
-        self.ffns, self.said = find_ffns(model, gates, act, *find_experts(model, gates))
+        modules = unwrapped_modules(model)
+        self.ffns, self.said = find_ffns(modules, gates, act, *find_experts(modules, gates))
         self.optimizers = usable_optimizers(optimizer)
         self.steered = parameters_by_optimizer(self.optimizers, self.ffns)
         self.process_groups, self.ddp = find_process_groups(model, optimizer, self.ffns)

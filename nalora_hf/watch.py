@@ -4,6 +4,7 @@ import warnings
 import weakref
 
 import torch
+import torch.nn as nn
 
 import nalora
 from nalora import GateSums, State, widen
@@ -44,6 +45,18 @@ class Group:
         taken = [(z, weight * 0) if pair is None else pair for pair in taken]
         return [torch.stack(part) for part in zip(*taken)]
 
+class ExpertGroup(Group):
+    """Layers of experts that one call observes: tensors lead with (N, E)."""
+    def add_up(self, observe):
+        parts = [(z, weight, i * ffn.count + expert) for i, ffn in enumerate(self.ffns)
+                 for z, weight, expert in self.samples[i]]
+        if parts:
+            z, weight, place = map(torch.cat, zip(*parts))
+            of_pairs = observe(self, z[:, None], weight[:, None])
+            self.sums = GateSums(*(t.flatten(0, 1).index_add(0, place, found).view_as(t)
+                                   for t, found in zip(self.sums, of_pairs)))
+            self.samples = [[] for _ in self.ffns]
+
 class Hook(nalora.Hook):
     """Shows NALoRA what an activation receives, or what a gate gives; under torch.compile as one
     operation that the graph holds. A copy of a model has idle ones, which say so."""
@@ -75,6 +88,21 @@ class Hook(nalora.Hook):
 
     def receive(self, t, trains):
         getattr(self.nalora, self.show)(self.ffn, t, trains)
+
+class Rows(Hook):
+    """Keeps what the activation of experts receives, in one call or in several."""
+    def receive(self, z, trains):
+        if self.ffn.module.training and not self.ffn.is_again():
+            self.ffn.received.append(z.detach())
+
+class Tap(nn.Module):
+    """Stands in the place of an experts module's own _apply_gate, for hooks."""
+    def __init__(self, experts):
+        super().__init__()
+        vars(self)["experts"] = experts  # not as a part
+
+    def forward(self, gate_up):
+        return type(self.experts)._apply_gate(self.experts, gate_up)
 
 @torch.library.custom_op("nalora_hf::see", mutates_args=("order",),
                          tags=getattr(torch.Tag, "cudagraph_unsafe", ()))
