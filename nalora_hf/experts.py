@@ -4,7 +4,9 @@ import torch
 
 from nalora_hf.families import FFN, lora_pairs, row_layouts
 from nalora_hf.modules import match_names
-from nalora_hf.watch import ExpertGroup, Hook, Rows, Tap
+from nalora_hf.watch import ExpertGroup, Routing, Rows, Tap
+
+KERNELS = ("eager", "grouped_mm", "batched_mm")  # whose order of pairs is known
 
 class Experts(FFN):
     """The E experts of one layer: an FFN whose State leads with (E,)."""
@@ -53,19 +55,30 @@ class Experts(FFN):
         act = self.act.register_forward_pre_hook(Rows(nalora, self), with_kwargs=True)
         return act, self.module.register_forward_hook(Routing(nalora, self), with_kwargs=True)
 
-    def stride(self, config):
-        return 1
-
     def is_again(self):
         """Whether backward computes a pass again that was counted: it may stop within."""
         return self.counted and torch._C._current_graph_task_id() != -1
+
+    def places(self, experts):
+        """Which row of those that the activation receives is which pair: (T, k), as `experts`."""
+        kernel = self.module.config._experts_implementation
+        if kernel not in KERNELS:
+            raise ValueError(f"{self.name} {why_not(self.module)}")
+        rows = torch.arange(experts.numel(), device=experts.device)
+        if kernel == "batched_mm":  # token by token
+            return rows.view_as(experts)
+        if kernel == "grouped_mm":  # sorted by expert, as the library sorts them
+            order = experts.flatten().sort()[1]
+            return torch.empty_like(rows).scatter_(0, order, rows).view_as(experts)
+        order = experts.t().flatten().sort(stable=True)[1]  # a call for each expert
+        return torch.empty_like(rows).scatter_(0, order, rows).view(-1, len(experts)).t()
 
     def fitting(self, mask, z):
         return super().fitting(mask, self.routing[0])
 
     def sample(self, z, mask, every):
         """(z (R, F), weight (R,), expert (R,)) of the pairs of the tokens that `every` names."""
-        expert, place, weight = self.routing[:, every]  # (T, k) each
+        expert, place, weight = (t[every] for t in self.routing)  # (T, k) each
         if mask is not None:
             weight = weight * mask.flatten()[every].ne(0)[:, None]
         return self.gates(z[place.flatten()]), weight.flatten(), expert.flatten()
@@ -74,12 +87,12 @@ class Experts(FFN):
         return z if z.size(-1) == self.width else z[:, self.rows]
 
     def compare(self, x, received):
-        """ValueError if z, in eight pairs of the first pass, is not what the gate gives."""
-        expert, place, _ = self.routing.flatten(1)
+        """ValueError if z is not what the gate gives, in eight pairs of the first pass."""
+        expert, place, _ = (t.flatten() for t in self.routing)
         pair = torch.linspace(0, len(place) - 1, 8, device=x.device).long()
         W = getattr(self.module, self.gate.parameter_name).detach()[expert[pair]].float()
         W = W.mT if self.module.is_transposed else W  # (8, rows, in), LoRA's part in it
-        z = (W @ x[pair // self.routing.size(-1), :, None].float())[..., 0]
+        z = (W @ x[pair // self.routing[0].size(-1), :, None].float())[..., 0]
         if self.module.has_bias:
             z += getattr(self.module, f"{self.gate.parameter_name}_bias").detach()[expert[pair]]
         if (self.gates(received[place[pair]]) - z[:, self.rows]).norm() > 0.05 * z.norm():
@@ -87,55 +100,28 @@ class Experts(FFN):
                              "in the order of pairs that is known.")
         self.compared = True
 
-    def factor(self, p, rows, scale):
-        """What the step of p is multiplied by; rows (E, F, 1), scale (E,). Expert e owns the rows
-        e r to e r + r - 1 of A (E r, in), and the columns e, e + E, ... of B (out, r E)."""
-        if any(p is A for A, _ in self.pairs):
-            return scale.repeat_interleave(len(p) // self.count)[:, None]
-        rank = p.size(1) // self.count
-        factor = scale.repeat(len(p), rank)
-        if any(p is B for B in self.B_gates):
-            factor.index_copy_(0, self.rows, rows.squeeze(-1).t().repeat(1, rank))
-        return factor
-
-class Routing(Hook):
-    """Says after a pass which row was which pair, and lets NALoRA see them."""
-    def __call__(self, module, args, kwargs, output):
-        x, experts, scores = [*args, *kwargs.values()][:3]  # (T, in), (T, k), (T, k)
-        if not module.training or self.ffn.is_again():
-            return
-        kernel = module.config._experts_implementation
-        place = torch.arange(experts.numel(), device=x.device)
-        if kernel == "grouped_mm":
-            place = place.index_copy(0, experts.flatten().sort()[1], place)
-        elif kernel == "eager":
-            order = experts.t().flatten().sort(stable=True)[1]
-            place = place.index_copy(0, order, place).view(-1, len(x)).t()
-        elif kernel != "batched_mm":
-            raise ValueError(f"{self.ffn.name} {why_not(module)}")
-        if not torch.compiler.is_compiling():
-            self.ffn.x = x.detach()
-        routing = torch.stack([experts, place.reshape_as(experts), scores != 0])
-        self.tell(routing, output.requires_grad)
-
-    def receive(self, routing, trains):
-        ffn = self.ffn
-        ffn.routing = routing
-        if sum(map(len, ffn.received)) < routing[0].numel():
-            raise ValueError(f"In {ffn.name} the activation does not see each token's experts.")
-        received = torch.cat(ffn.received)[-routing[0].numel():]  # before: of a pass broken off
-        if trains and ffn.x is not None and not ffn.compared:
-            ffn.compare(ffn.x, received)
-        self.nalora.see(ffn, received, trains)
-        ffn.received = []
-        ffn.x = None
+    def factor(self, p, rows, scales, made):
+        """What the step of p is multiplied by; rows (N, E, F, 1), scales (N, E) are of all layers.
+        Expert e owns rows e r to e r + r - 1 of A (E r, in), columns e, e + E, ... of B (out, r E)."""
+        is_A = any(p is A for A, _ in self.pairs)
+        is_gate = any(p is B for B in self.B_gates)
+        rank = (len(p) if is_A else p.size(1)) // self.count
+        if (is_A, is_gate, rank) not in made:
+            factor = scales.repeat(1, rank)[:, None]  # (N, 1, r E)
+            if is_A:
+                factor = scales.repeat_interleave(rank, 1)[..., None]  # (N, E r, 1)
+            if is_gate:
+                of_gate = rows.squeeze(-1).mT.repeat(1, 1, rank)  # (N, F, r E)
+                factor = factor.repeat(1, len(p), 1).index_copy(1, self.rows, of_gate)
+            made[is_A, is_gate, rank] = factor.unbind()
+        return made[is_A, is_gate, rank][self.index].expand(len(p), -1)
 
 def why_not(module):
     """Why its experts cannot be steered, or ""."""
     kernel = getattr(getattr(module, "config", None), "_experts_implementation", None)
     if not hasattr(module, "is_concatenated"):
         return f"is a {type(module).__name__}, which computes its experts in a form of its own."
-    if module._is_expert_parallel or kernel not in ("eager", "grouped_mm", "batched_mm"):
+    if module._is_expert_parallel or kernel not in KERNELS:
         return (f"computes its experts by {kernel} kernels or on several devices, where what the "
                 "activation receives is not seen: model.set_experts_implementation('grouped_mm').")
     return ""

@@ -58,9 +58,6 @@ class FFN:
             handles.append(self.act.register_forward_pre_hook(hook, with_kwargs=True))
         return handles
 
-    def stride(self, config):
-        return config.stride
-
     def forget(self):
         """Begins a step."""
         self.counted = False  # a pass counted in forward, so that backward's is the same again
@@ -97,14 +94,14 @@ class FFN:
         z = z.detach().flatten(0, -2)[every]
         return z, z.new_ones(len(z)) if mask is None else mask.flatten()[every].ne(0)
 
-    def factor(self, p, rows, scale):
+    def factor(self, p, rows, scales):
         """What the step of p is multiplied by: (rows, 1) for a B of the gate, else 0-dim."""
         if not any(p is B for B in self.B_gates):
-            return scale
+            return scales[self.index]
         if not self.fused:
-            return rows
-        factor = scale.repeat(len(p), 1)  # rows that make no gate take the scale alone
-        return factor if self.rows is None else factor.index_copy(0, self.rows, rows)
+            return rows[self.index]
+        factor = scales[self.index].repeat(len(p), 1)  # for rows that make no gate
+        return factor if self.rows is None else factor.index_copy(0, self.rows, rows[self.index])
 
     def mask_of_recomputed(self, mask):
         """The mask of a pass that runs within backward, by those of passes without gradients: a

@@ -1,5 +1,4 @@
 """Which optimizers are steered, which ranks train together, and what goes past NALoRA."""
-import math
 import sys
 import warnings
 
@@ -15,7 +14,7 @@ class Guard:
 
     def compare(self, left, found):
         pairs = [pair for pair in zip(left, found) if pair[0].numel()]
-        moved = torch._foreach_norm(torch._foreach_sub(*zip(*pairs)), math.inf)
+        moved = torch._foreach_norm(torch._foreach_sub(*zip(*pairs)))
         moved = torch.stack([t.to(self.moved) for t in moved]).nan_to_num().amax()
         self.moved.copy_(torch.maximum(moved, self.moved))
         self.told.copy_(self.moved, non_blocking=True)

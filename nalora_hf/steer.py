@@ -98,11 +98,12 @@ class NALoRA(nalora.NALoRA):
             ffn.find_rows(z)
         fitting = ffn.fitting(mask, z)
         self.fitted |= fitting is mask
-        stride = ffn.stride(self.config)
-        sample = ffn.sample(z, fitting, slice(self.steps % stride, None, stride))
+        every = slice(self.steps % self.config.stride, None, self.config.stride)
+        sample = ffn.sample(z, fitting, every)
         here = ffn.group.state.importance
         most = max(1, SAMPLES // (here.element_size() * ffn.width))  # tokens
-        for z, weight, *experts in zip(*(t.split(most) for t in sample)):
+        parts = [sample] if len(sample[0]) <= most else zip(*(t.split(most) for t in sample))
+        for z, weight, *experts in parts:
             z = z.to(here, copy=True)  # its own memory, not that of all tokens
             if self.held + z.nbytes > SAMPLES:
                 self.add_up()
@@ -164,8 +165,7 @@ class NALoRA(nalora.NALoRA):
                 warnings.warn("NALoRA saw no pass before this step: is the model in train() mode, "
                               "its adapter active, and was it not compiled before NALoRA was made? "
                               "(Passes under torch.func are not counted.)")
-        self.factors = {group: (self.row_factor(group).unbind(), group.state.scale.unbind())
-                        for group in self.groups}
+        self.factors = {group: group.factors(self.row_factor(group)) for group in self.groups}
         values = [self.value(p) for p, _ in self.steered[optimizer]]
         before = self.before[optimizer]
         factors = [self.factor(ffn, p).to(t)
@@ -206,8 +206,7 @@ class NALoRA(nalora.NALoRA):
 
     def factor(self, ffn, p):
         """What the step of p, or of the part of it that this rank holds, is multiplied by."""
-        rows, scales = self.factors[ffn.group]
-        factor = ffn.factor(p, rows[ffn.index], scales[ffn.index])
+        factor = ffn.factor(p, *self.factors[ffn.group])
         if factor.dim() and hasattr(p, "placements"):  # of a DTensor, this rank's rows
             whole = type(p).from_local(factor, p.device_mesh)  # the same on every rank
             factor = whole.redistribute(placements=p.placements).to_local()

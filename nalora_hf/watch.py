@@ -36,6 +36,10 @@ class Group:
         while any(self.samples):
             self.sums = self.sums + observe(self, *self.take_samples())
 
+    def factors(self, rows):
+        """What FFN.factor chooses from; rows (N, F, 1)."""
+        return rows.unbind(), self.state.scale.unbind()
+
     def take_samples(self):
         """One pass of each FFN: z (N, T, F), weight (N, T); 0 where an FFN has none of T tokens."""
         tokens = next(len(z) for passes in self.samples for z, _ in passes[:1])
@@ -56,6 +60,9 @@ class ExpertGroup(Group):
             self.sums = GateSums(*(t.flatten(0, 1).index_add(0, place, found).view_as(t)
                                    for t, found in zip(self.sums, of_pairs)))
             self.samples = [[] for _ in self.ffns]
+
+    def factors(self, rows):
+        return rows, self.state.scale, {}
 
 class Hook(nalora.Hook):
     """Shows NALoRA what an activation receives, or what a gate gives; under torch.compile as one
@@ -94,6 +101,33 @@ class Rows(Hook):
     def receive(self, z, trains):
         if self.ffn.module.training and not self.ffn.is_again():
             self.ffn.received.append(z.detach())
+
+class Routing(Hook):
+    """Says after a pass of experts which row was which pair, and lets NALoRA see them."""
+    def __call__(self, module, args, kwargs, output):
+        x, experts, scores = [*args, *kwargs.values()][:3]  # (T, in), (T, k), (T, k)
+        if not module.training or self.ffn.is_again():
+            return
+        routing = experts, self.ffn.places(experts), scores != 0
+        if torch.compiler.is_compiling():
+            routing = torch.stack(routing)
+        else:
+            self.ffn.x = x.detach()
+        self.tell(routing, output.requires_grad)
+
+    def receive(self, routing, trains):
+        ffn = self.ffn
+        ffn.routing = routing
+        count = routing[0].numel()
+        if sum(map(len, ffn.received)) < count:
+            raise ValueError(f"In {ffn.name} the activation does not see each token's experts.")
+        received = ffn.received[0] if len(ffn.received) == 1 else torch.cat(ffn.received)
+        received = received[-count:]  # what comes before is of a pass that was broken off
+        ffn.received = []
+        if trains and ffn.x is not None and not ffn.compared:
+            ffn.compare(ffn.x, received)
+        self.nalora.see(ffn, received, trains)
+        ffn.x = None
 
 class Tap(nn.Module):
     """Stands in the place of an experts module's own _apply_gate, for hooks."""
