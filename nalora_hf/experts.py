@@ -101,8 +101,9 @@ class Experts(FFN):
         self.compared = True
 
     def factor(self, p, rows, scales, made):
-        """What the step of p is multiplied by; rows (N, E, F, 1), scales (N, E) are of all layers.
-        Expert e owns rows e r to e r + r - 1 of A (E r, in), columns e, e + E, ... of B (out, r E)."""
+        """What the step of p is multiplied by; rows (N, E, F, 1), scales (N, E) of all layers.
+        Expert e owns the rows e r to e r + r - 1 of A (E r, in), and of B (out, r E) the columns e,
+        e + E, e + 2 E, ..."""
         is_A = any(p is A for A, _ in self.pairs)
         is_gate = any(p is B for B in self.B_gates)
         rank = (len(p) if is_A else p.size(1)) // self.count

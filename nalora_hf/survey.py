@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 from nalora import NALoRAConfig, blend, value_and_slope
 from nalora_hf.adapters import inject_lora, read_json, write_files
+from nalora_hf.experts import Experts
 from nalora_hf.families import activation, features, lora_pairs
 from nalora_hf.steer import NALoRA
 
@@ -92,17 +93,26 @@ def loss_of(model):
     return model(input_ids=tokens).logits.float().square().mean()
 
 # ---- one family ----------------------------------------------------------------------------------
-def with_lora(model, by_peft):
-    """The model with LoRA on all linear layers, B away from 0."""
-    if by_peft:
-        from peft import LoraConfig, get_peft_model
+WAYS = ("", "target_parameters", "inject_lora")  # PEFT's all-linear, and with experts; ours
 
-        model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
-    else:
+def fused_experts(model):
+    return {name: m for name, m in model.named_modules() if hasattr(m, "is_concatenated")}
+
+def with_lora(model, way):
+    """The model with LoRA on all linear layers, B away from 0."""
+    if way == "inject_lora":
         head = model.get_output_embeddings()
         linears = {name: m for name, m in model.named_modules()
                    if type(m) is torch.nn.Linear and m is not head and min(m.weight.shape) >= 4}
         inject_lora(model, [name for name in linears if "router" not in name], rank=4, alpha=8)
+    else:
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=3, lora_alpha=6, target_modules="all-linear")
+        if way == "target_parameters":
+            config.target_parameters = [f"{name}.{p}" for name, m in fused_experts(model).items()
+                                        for p, t in m.named_parameters() if t.dim() == 3]
+        model = get_peft_model(model, config)
     torch.manual_seed(2)
     for layer in model.modules():
         for A, B in lora_pairs(layer):
@@ -132,13 +142,24 @@ def steer(fresh, keywords):
     model = fresh()
     optimizer = optimizer_of(model)
     nalora = NALoRA(model, optimizer, NALoRAConfig(stride=1, keep=0.25), **keywords)
-    received = {}
+    received = {}  # {FFN: {expert, or () where there are none: [z]}}
 
-    def note(ffn, z):
-        received.setdefault(ffn, []).append(z.detach().flatten(0, -2).float())
+    def note(ffn, z, expert=()):
+        z = z.detach().flatten(0, -2).float()
+        received.setdefault(ffn, {}).setdefault(expert, []).append(z)
+
+    def note_experts(ffn, x, experts, scores):  # from what they receive, not from the activation
+        W = ffn.gate.get_param()  # with LoRA, while it computes
+        for e in experts.unique().tolist():
+            token = ((experts == e) & (scores != 0)).any(-1)
+            z = x[token] @ (W[e] if ffn.module.is_transposed else W[e].T)
+            z = z + ffn.module.gate_up_proj_bias[e] if ffn.module.has_bias else z
+            note(ffn, z[:, ffn.rows], e)
 
     for ffn in nalora.ffns:
-        if ffn.act is ffn.gate:
+        if isinstance(ffn, Experts):
+            ffn.module.register_forward_pre_hook(lambda m, inputs, f=ffn: note_experts(f, *inputs))
+        elif ffn.act is ffn.gate:
             ffn.gate.register_forward_hook(lambda gate, x, z, ffn=ffn: note(ffn, z))
         else:
             ffn.act.register_forward_pre_hook(lambda act, inputs, ffn=ffn: note(ffn, inputs[0]))
@@ -149,55 +170,78 @@ def steer(fresh, keywords):
     if not received:
         raise ValueError("no FFN that could be steered was called")
     for ffn in received:
-        z = torch.cat(received[ffn])
-        importance = value_and_slope(ffn.phi, z)[1].abs().mean(0)
-        if not torch.allclose(importance * 0.1, ffn.state.importance, rtol=1e-4, atol=1e-6):
-            return "importance is not that of the activation's input", nalora.ffns
+        for e, z in received[ffn].items():
+            importance = value_and_slope(ffn.phi, torch.cat(z))[1].abs().mean(0)
+            if not torch.allclose(importance * 0.1, ffn.state.importance[e], rtol=1e-4, atol=1e-6):
+                return "importance is not that of the activation's input", nalora.ffns
         for p in ffn.parameters:
             is_gate = any(p is B for B in ffn.B_gates)
-            factor = ffn.state.scale.repeat(len(p), 1)
-            if is_gate:
-                factor[ffn.rows] *= ffn.state.mask[:, None]
-            if not torch.equal(p, blend(before[id(p)], after[id(p)], factor)):
-                return "a step is not blended as mask and scale say", nalora.ffns
             if is_gate and torch.equal(p, before[id(p)]):
                 return "no row of B_gate moved", nalora.ffns
+            for part, e in shares(ffn, p):
+                now, was, plainly = (t[part] for t in (p, before[id(p)], after[id(p)]))
+                factor = ffn.state.scale[e].repeat(len(now), 1)
+                if is_gate:
+                    factor[ffn.rows] *= ffn.state.mask[e][:, None]
+                if not torch.equal(now, blend(was, plainly, factor)):
+                    return "a step is not blended as mask and scale say", nalora.ffns
     return "", nalora.ffns
+
+def shares(ffn, p):
+    """[(part of p, whose it is: an expert's or, as (), the FFN's)], as PEFT lays experts out."""
+    if not isinstance(ffn, Experts):
+        return [((), ())]
+    E = ffn.module.num_experts
+    if any(p is layer.lora_A["default"].weight for layer in ffn.layers):
+        return [(slice(e * len(p) // E, (e + 1) * len(p) // E), e) for e in range(E)]
+    return [((slice(None), slice(e, None, E)), e) for e in range(E)]
 
 def gated(ffn):
     """Whether an FFN multiplies its activation by features: another layer is as wide, or fused."""
     others = [m for m in ffn.module.children() if m is not ffn.gate]
-    return ffn.fused or any(features(m, "out") == ffn.width for m in others)
+    return getattr(ffn.module, "has_gate", ffn.fused) or any(
+        features(m, "out") == ffn.width for m in others)
+
+def try_way(name, way):
+    """(row as of `try_family`, which of "experts" and "FFNs" are steered) with LoRA put in so."""
+    def fresh():
+        return with_lora(build(name), way)
+
+    said = []
+    try:
+        names = candidates(fresh())
+    except Exception as e:
+        return {"outcome": "refused", "how": "", "said": f"This LoRA does not go in: {e}"}, []
+    for keywords in [{}, *({"gate": gate} for gate in names), {"gate": "w1", "act": F.silu}]:
+        try:
+            problem, ffns = steer(fresh, keywords)
+        except ValueError as e:
+            said.append(str(e).splitlines()[0])
+            continue
+        how = [way, *(f"{k}={getattr(v, '__name__', repr(v))}" for k, v in keywords.items())]
+        row = {"outcome": "wrong" if problem else "steered" if gated(ffns[0]) else "ungated",
+               "how": ", ".join(filter(None, how)), "said": problem}
+        return row, {"experts" if isinstance(ffn, Experts) else "FFNs" for ffn in ffns}
+    return {"outcome": "refused", "how": "", "said": said[0]}, []
 
 def try_family(name):
     """{"outcome": steered, ungated, refused, not built or wrong, "how", "said"} of a class."""
     try:
-        build(name)
+        mixture = bool(fused_experts(build(name)))
     except ValueError as e:
         return {"outcome": "not built", "how": "", "said": str(e)}
-    said = []
-    for by_peft in (True, False):
-
-        def fresh():
-            return with_lora(build(name), by_peft)
-
-        try:
-            names = candidates(fresh())
-        except Exception as e:
-            said.append(f"This LoRA does not go in: {e}")
-            continue
-        ways = [{}, *({"gate": gate} for gate in names), {"gate": "w1", "act": F.silu}]
-        for keywords in ways:
-            try:
-                problem, ffns = steer(fresh, keywords)
-            except ValueError as e:
-                said.append(str(e).splitlines()[0])
-                continue
-            how = ", ".join(f"{k}={getattr(v, '__name__', repr(v))}" for k, v in keywords.items())
-            kind = "steered" if gated(ffns[0]) else "ungated"
-            return {"outcome": "wrong" if problem else kind,
-                    "how": how if by_peft else f"inject_lora {how}".strip(), "said": problem}
-    return {"outcome": "refused", "how": "", "said": said[0]}
+    tries = [try_way(name, way) for way in (WAYS if mixture else WAYS[:1])]
+    if not mixture and not tries[0][1]:
+        tries.append(try_way(name, WAYS[-1]))
+    steered = {what: row for row, found in tries[::-1] for what in found}  # by the first way
+    wrong = [row for row, _ in tries if row["outcome"] == "wrong"]
+    if wrong or not steered:
+        return (wrong or tries[0])[0]
+    row = min(steered.values(), key=lambda row: row["outcome"])  # "steered" before "ungated"
+    if mixture:
+        hows = [f"{what}: {its['how'] or 'all-linear'}" for what, its in sorted(steered.items())]
+        row = row | {"how": "; ".join(hows)}
+    return row
 
 # ---- all families --------------------------------------------------------------------------------
 def survey(chosen):
@@ -243,7 +287,8 @@ def report(rows):
 def reason(said):
     """What a refusal says, without the names of one model."""
     kinds = {
-        "fused experts": "PEFT puts the LoRA on fused experts, and there is no other gated FFN",
+        "in its experts": "the gates are in experts without LoRA",
+        "form of its own": "the experts are computed in a form of their own",
         "No gated FFN": "no linear layer stands in front of an activation and carries LoRA",
         "no activation": "the layer called gate_proj belongs to no FFN (attention)",
         "no module of its own": "gate and up are one layer, and the activation is no module",
