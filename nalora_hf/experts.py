@@ -30,7 +30,8 @@ class Experts(FFN):
     def find_gate(self):
         """Which rows of gate_up make z: the output bends with them, and is linear in the others.
         And where z is seen: at act_fn, or in front of an _apply_gate of the family's own."""
-        give = self.module._apply_gate if self.module.has_gate else self.act
+        its = type(self.module)._apply_gate if self.module.has_gate else None
+        give = its.__get__(self.module) if its else self.act
         size = len(self.B_gate)
         x = torch.linspace(-0.1, 0.1, 8 * size, device=self.B_gate.device).view(8, size)
         for rows in row_layouts(size, self.width, x.device):
@@ -46,7 +47,7 @@ class Experts(FFN):
             both = z.new_zeros(*z.shape[:-1], size).index_copy(-1, rows, z)
             return give(both + (1 - of_gate).to(z)) - give(both)
 
-        if self.module.has_gate and not give.__module__.startswith("transformers.integrations"):
+        if its and not its.__module__.startswith("transformers.integrations"):
             self.phi = phi
             self.act = vars(self.module).setdefault("_apply_gate", Tap(self.module))
         return rows
@@ -90,9 +91,10 @@ class Experts(FFN):
         """ValueError if z is not what the gate gives, in eight pairs of the first pass."""
         expert, place, _ = (t.flatten() for t in self.routing)
         pair = torch.linspace(0, len(place) - 1, 8, device=x.device).long()
-        W = getattr(self.module, self.gate.parameter_name).detach()[expert[pair]].float()
-        W = W.mT if self.module.is_transposed else W  # (8, rows, in), LoRA's part in it
-        z = (W @ x[pair // self.routing[0].size(-1), :, None].float())[..., 0]
+        W = self.gate.get_param().detach()  # LoRA's part is in it while PEFT computes
+        W = W if self.module.is_transposed else W.mT  # (E, in, rows)
+        tokens = x[pair // self.routing[0].size(-1)].to(W.dtype)
+        z = torch.stack([t @ W[e] for t, e in zip(tokens, expert[pair].tolist())])
         if self.module.has_bias:
             z += getattr(self.module, f"{self.gate.parameter_name}_bias").detach()[expert[pair]]
         if (self.gates(received[place[pair]]) - z[:, self.rows]).norm() > 0.05 * z.norm():
@@ -122,16 +124,18 @@ def why_not(module):
     kernel = getattr(getattr(module, "config", None), "_experts_implementation", None)
     if not hasattr(module, "is_concatenated"):
         return f"is a {type(module).__name__}, which computes its experts in a form of its own."
-    if module._is_expert_parallel or kernel not in KERNELS:
-        return (f"computes its experts by {kernel} kernels or on several devices, where what the "
-                "activation receives is not seen: model.set_experts_implementation('grouped_mm').")
+    if module._is_expert_parallel:
+        return "spreads its experts over devices: use data parallelism alone."
+    if kernel not in KERNELS:
+        return (f"computes its experts by {kernel!r}, where no activation is seen: call "
+                "model.set_experts_implementation('grouped_mm').")
     return ""
 
 def find_experts(modules, gates):
     """([Experts] whose gate carries PEFT's LoRA, why others with LoRA are not steered)."""
     around = {}  # {experts' module: {name: PEFT's layer}}
     for name, m in modules.items():
-        if hasattr(m, "parameter_name") and lora_pairs(m):
+        if hasattr(m, "parameter_name") and m.num_experts > 1 and lora_pairs(m):
             around.setdefault(m.get_base_layer(), {})[name] = m
     found = []
     why = ""

@@ -103,7 +103,8 @@ def execute(out, record):
         if method == "nalora":
             ffns = callback.nalora.statistics().values()
             record["nalora"] = {"steps": callback.nalora.state_dict()["steps"], "rows_kept": [
-                f["mask"].float().mean().item() for f in ffns], "k_hat": [f["k_hat"] for f in ffns]}
+                f["mask"].float().mean().item() for f in ffns], "k_hat": [
+                    torch.as_tensor(f["k_hat"]).tolist() for f in ffns]}
         if RANK == 0:
             write_model(s, trainer, folder)
         save(out, record)

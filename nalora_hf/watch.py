@@ -133,10 +133,10 @@ class Tap(nn.Module):
     """Stands in the place of an experts module's own _apply_gate, for hooks."""
     def __init__(self, experts):
         super().__init__()
-        vars(self)["experts"] = experts  # not as a part
+        vars(self).update(experts=experts, give=type(experts)._apply_gate)  # not as parts
 
     def forward(self, gate_up):
-        return type(self.experts)._apply_gate(self.experts, gate_up)
+        return self.give(self.experts, gate_up)
 
 @torch.library.custom_op("nalora_hf::see", mutates_args=("order",),
                          tags=getattr(torch.Tag, "cudagraph_unsafe", ()))

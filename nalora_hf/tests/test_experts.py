@@ -1,6 +1,10 @@
 """NALoRA on the experts of mixtures agrees with a slow loop in float64 over pairs of a token and an
 expert, which knows PEFT's blocks from PEFT alone and shares no code with experts.py."""
+import itertools
 import math
+import os
+import pickle
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -11,32 +15,33 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 from nalora import NALoRAConfig
-from nalora_hf import NALoRA
+from nalora_hf import NALoRA, NALoRACallback, survey
+from nalora_hf.tests.helpers import TINY, other_model, other_step
+from nalora_hf.tests.test_steer_setups import free_port
 
-TINY = dict(vocab_size=61, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=2, head_dim=8, max_position_embeddings=64, pad_token_id=0,
-            bos_token_id=1, eos_token_id=2)
-EXPERTS = dict(num_experts=5, num_local_experts=5, n_routed_experts=5, num_experts_per_tok=2,
-               moe_intermediate_size=8, n_group=1, topk_group=1, first_k_dense_replace=1)
-FAMILIES = {"Mixtral": dict(intermediate_size=8), "Qwen3Moe": {}, "GptOss": dict(
-    intermediate_size=8, layer_types=["full_attention", "sliding_attention"]), "DeepseekV3": {}}
+SIZES = TINY | dict(hidden_size=16, intermediate_size=8, moe_intermediate_size=8, head_dim=4,
+                    num_experts=5, num_local_experts=5, num_experts_per_tok=2)
+FAMILIES = ["Mixtral", "Qwen3Moe", "GptOss"]
+OTHERS = ["Qwen3Next", "DeepseekV3", "Glm4Moe", "Olmoe", "MiniMax", "FlexOlmo", "Cohere2Moe",
+          "Mellum"]
 KERNELS = ["eager", "grouped_mm", "batched_mm"]
 TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
-def mixture(family, kernel="grouped_mm", rank=3, targets="all-linear"):
-    """A tiny random mixture in train mode under PEFT, B away from 0, in which no expert's rank is
-    the number of experts, and some experts get no token."""
+def mixture(family, kernel="grouped_mm", rank=3):
+    """A tiny random mixture in train mode under PEFT, B away from 0. In those of FAMILIES no
+    expert's rank is the number of experts, and at times an expert gets no token."""
     torch.manual_seed(0)
-    model_class = getattr(transformers, f"{family}ForCausalLM")
-    default = vars(model_class.config_class())
-    sizes = {k: v for k, v in (EXPERTS | TINY).items() if k in default}
-    model = model_class(model_class.config_class(**sizes | FAMILIES[family]))
+    if family in FAMILIES:
+        kind = getattr(transformers, f"{family}Config")
+        config = kind(**{name: size for name, size in SIZES.items() if name in vars(kind())})
+        model = getattr(transformers, f"{family}ForCausalLM")(config)
+    else:
+        model = survey.build(f"{family}ForCausalLM")
     model.set_experts_implementation(kernel)
     for p in model.parameters():
         nn.init.normal_(p, std=0.3)
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-    if family == "GptOss":
-        config.target_parameters = TARGETS
+    config.target_parameters = TARGETS if family == "GptOss" else None
     model = peft.get_peft_model(model, config)
     for name, p in model.named_parameters():
         if "lora_" in name:
@@ -56,14 +61,11 @@ def wrappers_of(model):
             found.setdefault(its, {})[m.parameter_name] = m
     return found
 
-def sigmoid(z):
-    return 1 / (1 + np.exp(-z))
-
 def gate_of(family, outputs):
     """(z, phi, phi') of what gate_up gives for one pair, (2F,)."""
     alpha = 1.702 if family == "GptOss" else 1
     z = outputs[::2] if family == "GptOss" else outputs[:len(outputs) // 2]
-    rho = sigmoid(alpha * z)
+    rho = 1 / (1 + np.exp(-alpha * z))
     return z, z * rho, rho + alpha * z * rho * (1 - rho)
 
 class Oracle:
@@ -83,11 +85,11 @@ class Oracle:
         self.steps = 0
 
     def note(self, module, args):
-        gate = self.layers["gate_up_proj"]
-        W = gate.parametrized() if hasattr(gate, "parametrized") else self.weight(gate)
+        W = self.layers["gate_up_proj"].get_param().detach().double()  # with LoRA: PEFT computes
+        W = (W.transpose(1, 2) if module.is_transposed else W).numpy()
         bias = getattr(module, "gate_up_proj_bias", None)
-        x, experts = args[0].detach().double().numpy(), args[1].tolist()
-        for t, row in enumerate(experts):
+        x = args[0].detach().double().numpy()
+        for t, row in enumerate(args[1].tolist()):
             real = self.mask is None or self.mask.flatten()[t]
             if real and (t - self.steps) % self.config.stride == 0:
                 for e in row:
@@ -95,14 +97,6 @@ class Oracle:
                     if bias is not None:
                         outputs = outputs + bias[e].detach().double().numpy()
                     self.pairs[e].append(gate_of(self.family, outputs))
-
-    def weight(self, layer):
-        """(E, 2F, in), PEFT's product added."""
-        p = layer.get_base_layer()._parameters.get(layer.parameter_name)
-        if p is None:  # while PEFT computes
-            p = layer.get_base_layer().parametrizations[layer.parameter_name].original
-        W = p.detach().double() + layer.get_delta_weight("default").detach().double()
-        return (W.transpose(1, 2) if self.module.is_transposed else W).numpy()
 
     def decide(self):
         c = self.config
@@ -143,52 +137,35 @@ class Oracle:
             numbers = into[e] if part == "lora_A" else out[e]
             factor[numbers.flatten()] = state["scale"]
             if part == "lora_B" and parameter == "gate_up_proj":
-                F = len(state["mask"])
-                for c in range(F):
+                for c, moves in enumerate(state["mask"]):
                     row = 2 * c if self.family == "GptOss" else c
-                    factor[numbers[row]] = state["scale"] * state["mask"][c]
+                    factor[numbers[row]] = state["scale"] * moves
         assert not factor.isnan().any()
         return factor.view_as(p)
-
-def oracles_of(family, model, config):
-    return {name: Oracle(family, layers, config) for name, layers in wrappers_of(model).items()}
-
-class Twin:
-    """Plain LoRA's step from wherever the model stands, with moments of its own."""
-    def __init__(self, model, **settings):
-        self.theirs = [p for p in model.parameters() if p.requires_grad]
-        self.own = [nn.Parameter(p.detach().clone()) for p in self.theirs]
-        self.optimizer = torch.optim.AdamW(self.own, **settings)
-
-    def step(self):
-        """{parameter: (before, after)}"""
-        for p, q in zip(self.own, self.theirs):
-            p.data.copy_(q.detach())
-            p.grad = q.grad.clone()
-        before = [p.detach().clone() for p in self.own]
-        self.optimizer.step()
-        return {q: (b, p.detach().clone()) for q, b, p in zip(self.theirs, before, self.own)}
 
 def same(found, expected, message):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-6, err_msg=message)
 
-def follows_the_oracle(family, model, config, steps=6, microbatches=1, masked=False, wrap=None):
-    """Trains, and compares all that NALoRA knows and does with the oracle's."""
-    settings = dict(lr=1e-2, weight_decay=0.1)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **settings)
+def follows_the_oracle(family, model, config, steps=6, microbatches=1, masked=False):
+    """Trains, and compares all that NALoRA knows and does with the oracles'. Returns it, and how
+    often an expert got no token in a step."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
+    after = {}  # what the optimizer made, before NALoRA's hook
+    optimizer.register_step_post_hook(lambda *_: after.update((p, p.detach().clone())
+                                                              for p in trained))
     nalora = NALoRA(model, optimizer, config)
-    oracles = oracles_of(family, model, config)
-    twin = Twin(model, **settings)
+    oracles = {name: Oracle(family, layers, config) for name, layers in wrappers_of(model).items()}
     resting = 0
     for step in range(steps):
         for i in range(microbatches):
             tokens = tokens_of(10 * step + i)
             mask = torch.rand(tokens.shape, generator=torch.manual_seed(step)) < 0.7
-            for oracle in oracles.values():
-                oracle.mask = mask if masked else None
             nalora.token_mask = mask if masked else None
+            for oracle in oracles.values():
+                oracle.mask = nalora.token_mask
             model(input_ids=tokens).logits.square().mean().backward()
-        moves = twin.step()
+        before = {p: p.detach().clone() for p in trained}
         optimizer.step()
         optimizer.zero_grad()
         statistics = nalora.statistics()
@@ -202,17 +179,223 @@ def follows_the_oracle(family, model, config, steps=6, microbatches=1, masked=Fa
             for parameter, layer in oracle.layers.items():
                 for part in ("lora_A", "lora_B"):
                     p = getattr(layer, part)["default"].weight
-                    before, after = moves.pop(p)
+                    was = before.pop(p)
                     factor = oracle.factor(part, parameter)
-                    same(p.detach(), before + factor * (after - before), f"{parameter}.{part}")
-                    assert torch.equal(p[factor == 0], before[factor == 0])
+                    same(p.detach(), was + factor * (after[p] - was), f"{parameter}.{part}")
+                    assert torch.equal(p[factor == 0], was[factor == 0])
                     assert (factor == 0).any() == (parameter == "gate_up_proj" and part == "lora_B")
-        for p, (_, after) in moves.items():  # attention, router: plain LoRA
-            assert torch.equal(p, after)
-    assert resting  # an expert without a token was among them
-    return nalora
+        for p in before:  # attention, router: plain LoRA
+            assert torch.equal(p, after[p])
+    return nalora, resting
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_experts_agree_with_the_oracle(family, kernel):
-    follows_the_oracle(family, mixture(family, kernel), NALoRAConfig(stride=1))
+    nalora, resting = follows_the_oracle(family, mixture(family, kernel), NALoRAConfig(stride=1))
+    assert resting and nalora.steps == 6  # experts without a token were among them
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_strides_masks_and_microbatches_agree_with_the_oracle(kernel):
+    config = NALoRAConfig(stride=3, keep=0.2, ema=0.5)
+    follows_the_oracle("Qwen3Moe", mixture("Qwen3Moe", kernel), config, 4, 2, masked=True)
+
+@pytest.mark.parametrize("family, kernel", zip(OTHERS, itertools.cycle(KERNELS)))
+def test_other_families_agree_with_the_oracle(family, kernel):
+    follows_the_oracle(family, mixture(family, kernel), NALoRAConfig(stride=1), 2)
+
+# ---- what holds as for dense FFNs ----------------------------------------------------------------
+def trained(model, steps=3, config=None, saved=None, first=0, forward=None):
+    """(NALoRA, optimizer) after so many steps of two microbatches with token masks."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    nalora = NALoRA(model, optimizer, config or NALoRAConfig(stride=2))
+    if saved:
+        optimizer.load_state_dict(saved[0])
+        nalora.load_state_dict(saved[1])
+    for step in range(first, first + steps):
+        for i in (0, 1):
+            tokens = tokens_of(10 * step + i)
+            nalora.token_mask = tokens > 4
+            (forward or model)(input_ids=tokens).logits.float().square().mean().backward()
+            nalora.token_mask = None if forward else nalora.token_mask
+        optimizer.step()
+        optimizer.zero_grad()
+    return nalora, optimizer
+
+def knows_the_same(nalora, other, **tolerance):
+    for name, state in nalora.state_dict()["ffns"].items():
+        for key, t in state.items():
+            torch.testing.assert_close(t, other.state_dict()["ffns"][name][key], equal_nan=True,
+                                       **tolerance or dict(rtol=0, atol=0))
+
+@pytest.mark.parametrize("family, kernel", [("Qwen3Moe", "grouped_mm"), ("GptOss", "eager"),
+                                            ("Mixtral", "batched_mm")])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_changes_nothing(family, kernel, reentrant):
+    plain, _ = trained(mixture(family, kernel))
+    model = mixture(family, kernel)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    nalora, _ = trained(model)
+    assert nalora.steps == 3
+    knows_the_same(nalora, plain)
+    assert not any(ffn.received for ffn in nalora.ffns)  # nothing is held
+
+def test_a_resumed_run_ends_with_the_same_bits():
+    whole, _ = trained(mixture("Qwen3Moe"), 4)
+    model = mixture("Qwen3Moe")
+    first, optimizer = trained(model, 2)
+    saved = optimizer.state_dict(), first.state_dict()
+    again = mixture("Qwen3Moe")
+    again.load_state_dict(model.state_dict())
+    nalora, _ = trained(again, 2, saved=saved, first=2)
+    knows_the_same(nalora, whole)
+    with pytest.raises(ValueError, match="is of other FFNs"):
+        trained(mixture("Mixtral", rank=2), saved=saved[:1] + ({**saved[1], "ffns": {}},))
+
+def test_what_it_tells(capsys):
+    nalora, _ = trained(mixture("Qwen3Moe"))
+    assert str(nalora).startswith("NALoRA steers 10 experts in 2 layers; plain LoRA on 2 q_proj")
+    assert str(nalora).endswith("2 o_proj, 2 gate.")
+    first = next(iter(nalora.statistics().values()))
+    assert first["mask"].shape == (5, 8) and first["k_hat"].shape == (5,)
+    nalora.summary()
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    assert all("mlp.experts" in line and " 40 " in line and "nan" not in line for line in lines)
+    callback = NALoRACallback()
+    callback.nalora = nalora
+    logs = {}
+    callback.on_log(None, transformers.TrainerState(), None, logs)
+    assert 0.5 <= logs["nalora_rows"] < 1 and logs["nalora_k_hat_min"] <= logs["nalora_k_hat"]
+
+def ddp_rank(rank, world, port, path):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank,
+                                         world_size=world)
+    model = nn.parallel.DistributedDataParallel(mixture("Qwen3Moe"))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    nalora = NALoRA(model, optimizer, NALoRAConfig(stride=1))
+    for step in range(3):
+        tokens = tokens_of(step, (4, 3))[rank::world]
+        model(input_ids=tokens).logits.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.save(nalora.state_dict(), f"{path}/{world}-{rank}.pt")
+    torch.distributed.barrier()
+    os._exit(0)
+
+def test_ranks_add_up_each_experts_sums(tmp_path):
+    for world in (1, 2):
+        torch.multiprocessing.spawn(ddp_rank, (world, free_port(), str(tmp_path)), nprocs=world)
+    one, two, other = (torch.load(tmp_path / f"{ranks}.pt")["ffns"]
+                       for ranks in ("1-0", "2-0", "2-1"))
+    for name, state in one.items():
+        for key, t in state.items():
+            assert torch.equal(two[name][key].nan_to_num(), other[name][key].nan_to_num())
+            torch.testing.assert_close(t, two[name][key], equal_nan=True, rtol=1e-4, atol=1e-5)
+
+@pytest.mark.parametrize("family, kernel", [("GptOss", "eager"), ("Qwen3Moe", "grouped_mm")])
+def test_a_copy_computes_by_itself_and_shows_nothing(family, kernel):
+    model = mixture(family, kernel)
+    nalora, _ = trained(model)
+    model.eval()
+    expected = model(input_ids=tokens_of(1)).logits
+    for copy in (deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(copy(input_ids=tokens_of(1)).logits, expected)
+        for p in copy.parameters():
+            p.data.zero_()
+        assert not copy(input_ids=tokens_of(1)).logits.any()
+        with pytest.warns(UserWarning, match="is a copy of"):
+            copy.train()(input_ids=tokens_of(1))
+        its, _ = trained(copy)
+        assert its.steps == 3
+    assert torch.equal(model(input_ids=tokens_of(1)).logits, expected)
+    assert nalora.steps == 3 and not nalora.seen
+    nalora.remove()
+    model.train()(input_ids=tokens_of(1)).logits.sum().backward()
+    assert not nalora.seen
+
+@pytest.mark.parametrize("family", ["GptOss", "Qwen3Moe"])
+def test_two_adapters_are_steered_side_by_side(family):
+    model = mixture(family)
+    config = peft.LoraConfig(r=2, target_modules="all-linear")
+    config.target_parameters = TARGETS if family == "GptOss" else None
+    model.add_adapter("second", config)
+    found = []
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        found.append((name, NALoRA(model, optimizer), optimizer))
+    for name, nalora, optimizer in found + found[:1]:
+        model.set_adapter(name)
+        model(input_ids=tokens_of(1)).logits.square().mean().backward()
+        assert [other.seen for _, other, _ in found] == [other is nalora for _, other, _ in found]
+        optimizer.step()
+        optimizer.zero_grad()
+    assert [nalora.steps for _, nalora, _ in found] == [2, 1]
+
+def test_a_pass_that_was_broken_off_leaves_nothing():
+    plain, _ = trained(mixture("Mixtral", "eager"))
+    model = mixture("Mixtral", "eager")
+    down = list(wrappers_of(model).values())[-1]["down_proj"].get_base_layer()
+    breaks = []
+
+    def forward(**batch):
+        """Breaks off within the experts at each first try."""
+        handle = down.act_fn.register_forward_hook(lambda *_: breaks.append(0) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(**batch)
+        handle.remove()
+        return model(**batch)
+
+    nalora, _ = trained(model, forward=forward)
+    assert len(breaks) == 6 and nalora.steps == 3
+    knows_the_same(nalora, plain, rtol=1e-5, atol=1e-6)  # layers before it count their pass twice
+
+def test_half_precision_and_autocast():
+    plain, _ = trained(mixture("Qwen3Moe"))
+    half, _ = trained(mixture("Qwen3Moe").bfloat16())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast, _ = trained(mixture("Qwen3Moe"))
+    for nalora in (half, cast):
+        for ffn, other in zip(nalora.ffns, plain.ffns):
+            assert (ffn.state.mask == other.state.mask).float().mean() > 0.8
+            assert ffn.state.importance.dtype == torch.float32
+
+def test_experts_in_a_list_go_the_ordinary_path():
+    model = other_model(count=3)
+    model.forward = lambda x: model.layers[0](x[:, :3]) + model.layers[1](x[:, 2:])
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    nalora = NALoRA(model, optimizer, NALoRAConfig(stride=1))
+    other_step(model, 0, optimizer)
+    assert [ffn.state.mask.sum().item() for ffn in nalora.ffns] == [6, 6, 12]
+
+# ---- what is refused -----------------------------------------------------------------------------
+def refuses(model, match, **settings):
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with pytest.raises(ValueError, match=match) as e:
+        NALoRA(model, optimizer, **settings)
+    assert "gate=" not in str(e.value) and "inject_lora" not in str(e.value)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+def test_what_cannot_be_seen_is_refused_with_the_reason(monkeypatch):
+    model = mixture("Qwen3Moe")
+    kernels = transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS
+    model.config._experts_implementation = "sonicmoe"
+    refuses(model, "experts by 'sonicmoe', .*set_experts_implementation")
+    gpt = survey.with_lora(survey.build("GptOssForCausalLM"), "")
+    refuses(gpt, r"target_parameters=\['mlp.experts.gate_up_proj', 'mlp.experts.down_proj'\]")
+    refuses(survey.with_lora(survey.build("MixtralForCausalLM"), "inject_lora"), "in its experts")
+
+    model = mixture("Qwen3Moe")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    NALoRA(model, optimizer)
+    monkeypatch.setitem(kernels._global_mapping, "grouped_mm", kernels["batched_mm"])
+    with pytest.raises(ValueError, match="does not receive what the gate gives"):
+        model(input_ids=tokens_of(0))  # pairs in another order than is known
+    monkeypatch.setitem(kernels._global_mapping, "grouped_mm", lambda self, x, *routing: x)
+    with pytest.raises(ValueError, match="does not see each token's experts"):
+        model(input_ids=tokens_of(0))
+    model.config._experts_implementation = "deepgemm"
+    monkeypatch.setitem(kernels._global_mapping, "deepgemm", kernels["batched_mm"])
+    with pytest.raises(ValueError, match="experts by 'deepgemm'"):
+        model(input_ids=tokens_of(0))
