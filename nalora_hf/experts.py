@@ -1,5 +1,11 @@
 """Experts of mixtures. transformers holds those of a layer in one module, whose activation receives
-one row for each pair of a token and an expert; PEFT holds their LoRA in one A and one B."""
+one row for each pair of a token and an expert; PEFT holds their LoRA in one A and one B.
+
+Few tokens reach an expert: 7.5 pairs a step of 2,048 tokens, 128 experts, top 8 and stride 17. On
+a small Qwen3-MoE (3 seeds, 60 steps) strides 17, 5 and 1 gave: mask as by a large sample in 95.7,
+96.2, 96.5 % of its rows; 1.3, 1.0, 0.7 % of them change a step; 14, 9, 6 % of the experts see none
+in a step. Stride 1 makes a step a fifth longer. So experts keep the stride of other FFNs.
+"""
 import torch
 
 from nalora_hf.families import FFN, lora_pairs, row_layouts
@@ -15,16 +21,19 @@ class Experts(FFN):
     def __init__(self, name, module, gate, layers):
         super().__init__(name, module, gate, getattr(module, "act_fn", None), True)
         self.layers = layers  # PEFT's, around the module
-        self.pairs = [pair for layer in layers for pair in lora_pairs(layer)]
-        self.parameters = [p for pair in self.pairs for p in pair]
         self.count = module.num_experts  # E
+        self.kinds = {}  # {parameter: (whether an A, whether a B of the gate, an expert's rank)}
+        for A, B in (pair for layer in layers for pair in lora_pairs(layer)):
+            self.kinds[A] = True, False, len(A) // self.count
+            self.kinds[B] = False, any(B is other for other in self.B_gates), len(A) // self.count
+        self.parameters = list(self.kinds)
         self.width = len(self.B_gate) // (2 if module.has_gate else 1)  # F
         self.shape = self.count, self.width
-        self.check_rows = False
         self.received = []  # by the activation, in this pass
-        self.routing = None  # of its pairs: expert, place among those rows, whether it counts
+        self.expert = self.pair = self.scores = None  # see `order`; the router's (T, k)
         self.x = None  # what the experts received
         self.compared = False
+        self.columns = slice(None)  # which of what is received are z
         self.rows = self.find_gate()
 
     def find_gate(self):
@@ -49,6 +58,7 @@ class Experts(FFN):
 
         if its and not its.__module__.startswith("transformers.integrations"):
             self.phi = phi
+            self.columns = rows
             self.act = vars(self.module).setdefault("_apply_gate", Tap(self.module))
         return rows
 
@@ -60,44 +70,38 @@ class Experts(FFN):
         """Whether backward computes a pass again that was counted: it may stop within."""
         return self.counted and torch._C._current_graph_task_id() != -1
 
-    def places(self, experts):
-        """Which row of those that the activation receives is which pair: (T, k), as `experts`."""
+    def order(self, experts):
+        """(expert, pair) of all R pairs, expert by expert; pair t k + j is token t's j-th."""
         kernel = self.module.config._experts_implementation
         if kernel not in KERNELS:
             raise ValueError(f"{self.name} {why_not(self.module)}")
-        rows = torch.arange(experts.numel(), device=experts.device)
-        if kernel == "batched_mm":  # token by token
-            return rows.view_as(experts)
-        if kernel == "grouped_mm":  # sorted by expert, as the library sorts them
-            order = experts.flatten().sort()[1]
-            return torch.empty_like(rows).scatter_(0, order, rows).view_as(experts)
-        order = experts.t().flatten().sort(stable=True)[1]  # a call for each expert
-        return torch.empty_like(rows).scatter_(0, order, rows).view(-1, len(experts)).t()
+        if kernel != "eager":
+            return experts.flatten().sort()  # as grouped_mm sorts them
+        expert, order = experts.t().flatten().sort(stable=True)  # by j, then t: a call an expert
+        return expert, order % len(experts) * experts.size(1) + order // len(experts)
 
     def fitting(self, mask, z):
-        return super().fitting(mask, self.routing[0])
+        return super().fitting(mask, self.scores)
 
     def sample(self, z, mask, every):
-        """(z (R, F), weight (R,), expert (R,)) of the pairs of the tokens that `every` names."""
-        expert, place, weight = (t[every] for t in self.routing)  # (T, k) each
+        """z (R, F), weight (R,), expert (R,) of the pairs, counted as they are in `order`."""
+        pair = self.pair[every]
+        weight = self.scores.flatten()[pair].ne(0)
         if mask is not None:
-            weight = weight * mask.flatten()[every].ne(0)[:, None]
-        return self.gates(z[place.flatten()]), weight.flatten(), expert.flatten()
+            weight &= mask.flatten()[pair // self.scores.size(1)].ne(0)
+        return z[every][:, self.columns], weight, self.expert[every].clone()
 
-    def gates(self, z):
-        return z if z.size(-1) == self.width else z[:, self.rows]
-
-    def compare(self, x, received):
+    def compare(self, received):
         """ValueError if z is not what the gate gives, in eight pairs of the first pass."""
-        expert, place, _ = (t.flatten() for t in self.routing)
-        pair = torch.linspace(0, len(place) - 1, 8, device=x.device).long()
+        place = torch.linspace(0, len(received) - 1, 8, device=received.device).long()
+        expert = self.expert[place]
         W = self.gate.get_param().detach()  # LoRA's part is in it while PEFT computes
         W = W if self.module.is_transposed else W.mT  # (E, in, rows)
-        tokens = x[pair // self.routing[0].size(-1)].to(W.dtype)
-        z = torch.stack([t @ W[e] for t, e in zip(tokens, expert[pair].tolist())])
+        tokens = self.x[self.pair[place] // self.scores.size(1)].to(W.dtype)
+        z = torch.stack([x @ W[e] for x, e in zip(tokens, expert.tolist())])
         if self.module.has_bias:
-            z += getattr(self.module, f"{self.gate.parameter_name}_bias").detach()[expert[pair]]
-        if (self.gates(received[place[pair]]) - z[:, self.rows]).norm() > 0.05 * z.norm():
+            z += getattr(self.module, f"{self.gate.parameter_name}_bias").detach()[expert]
+        if (received[place][:, self.columns] - z[:, self.rows]).norm() > 0.05 * z.norm():
             raise ValueError(f"In {self.name} the activation does not receive what the gate gives, "
                              "in the order of pairs that is known.")
         self.compared = True
@@ -106,30 +110,27 @@ class Experts(FFN):
         """What the step of p is multiplied by; rows (N, E, F, 1), scales (N, E) of all layers.
         Expert e owns the rows e r to e r + r - 1 of A (E r, in), and of B (out, r E) the columns e,
         e + E, e + 2 E, ..."""
-        is_A = any(p is A for A, _ in self.pairs)
-        is_gate = any(p is B for B in self.B_gates)
-        rank = (len(p) if is_A else p.size(1)) // self.count
-        if (is_A, is_gate, rank) not in made:
+        is_A, is_gate, rank = kind = self.kinds[p]
+        if kind not in made:
             factor = scales.repeat(1, rank)[:, None]  # (N, 1, r E)
             if is_A:
                 factor = scales.repeat_interleave(rank, 1)[..., None]  # (N, E r, 1)
             if is_gate:
                 of_gate = rows.squeeze(-1).mT.repeat(1, 1, rank)  # (N, F, r E)
                 factor = factor.repeat(1, len(p), 1).index_copy(1, self.rows, of_gate)
-            made[is_A, is_gate, rank] = factor.unbind()
-        return made[is_A, is_gate, rank][self.index].expand(len(p), -1)
+            made[kind] = factor.unbind()
+        return made[kind][self.index].expand(len(p), -1)
 
 def why_not(module):
     """Why its experts cannot be steered, or ""."""
-    kernel = getattr(getattr(module, "config", None), "_experts_implementation", None)
     if not hasattr(module, "is_concatenated"):
         return f"is a {type(module).__name__}, which computes its experts in a form of its own."
     if module._is_expert_parallel:
         return "spreads its experts over devices: use data parallelism alone."
-    if kernel not in KERNELS:
-        return (f"computes its experts by {kernel!r}, where no activation is seen: call "
-                "model.set_experts_implementation('grouped_mm').")
-    return ""
+    kernel = module.config._experts_implementation
+    return "" if kernel in KERNELS else (
+        f"computes its experts by {kernel!r}, where no activation is seen: call "
+        "model.set_experts_implementation('grouped_mm').")
 
 def find_experts(modules, gates):
     """([Experts] whose gate carries PEFT's LoRA, why others with LoRA are not steered)."""

@@ -103,29 +103,35 @@ class Rows(Hook):
             self.ffn.received.append(z.detach())
 
 class Routing(Hook):
-    """Says after a pass of experts which row was which pair, and lets NALoRA see them."""
+    """Says after a pass which pair of token and expert each row was, and lets NALoRA see z."""
     def __call__(self, module, args, kwargs, output):
         x, experts, scores = [*args, *kwargs.values()][:3]  # (T, in), (T, k), (T, k)
         if not module.training or self.ffn.is_again():
             return
-        routing = experts, self.ffn.places(experts), scores != 0
+        routing = (*self.ffn.order(experts), scores.detach())
         if torch.compiler.is_compiling():
-            routing = torch.stack(routing)
+            routing = torch.stack([t.view_as(scores) for t in (*routing[:2], scores != 0)])
         else:
             self.ffn.x = x.detach()
         self.tell(routing, output.requires_grad)
 
     def receive(self, routing, trains):
         ffn = self.ffn
-        ffn.routing = routing
-        count = routing[0].numel()
+        expert, pair, ffn.scores = routing
+        ffn.expert = expert.flatten()
+        ffn.pair = pair.flatten()
+        count = len(ffn.pair)
+        if not count:
+            return
         if sum(map(len, ffn.received)) < count:
             raise ValueError(f"In {ffn.name} the activation does not see each token's experts.")
         received = ffn.received[0] if len(ffn.received) == 1 else torch.cat(ffn.received)
         received = received[-count:]  # what comes before is of a pass that was broken off
+        if ffn.module.config._experts_implementation == "batched_mm":
+            received = received[ffn.pair]  # expert by expert, as others
         ffn.received = []
         if trains and ffn.x is not None and not ffn.compared:
-            ffn.compare(ffn.x, received)
+            ffn.compare(received)
         self.nalora.see(ffn, received, trains)
         ffn.x = None
 

@@ -89,14 +89,17 @@ class Oracle:
         W = (W.transpose(1, 2) if module.is_transposed else W).numpy()
         bias = getattr(module, "gate_up_proj_bias", None)
         x = args[0].detach().double().numpy()
-        for t, (row, scores) in enumerate(zip(args[1].tolist(), args[2].tolist())):
-            real = self.mask is None or self.mask.flatten()[t]
-            if real and (t - self.steps) % self.config.stride == 0:
-                for e in (e for e, score in zip(row, scores) if score):
-                    outputs = W[e] @ x[t]
-                    if bias is not None:
-                        outputs = outputs + bias[e].detach().double().numpy()
-                    self.pairs[e].append(gate_of(self.family, outputs))
+        pairs = [(e, t, j) for t, row in enumerate(args[1].tolist()) for j, e in enumerate(row)]
+        if module.config._experts_implementation == "eager":
+            pairs.sort(key=lambda pair: (pair[0], pair[2], pair[1]))
+        else:  # torch orders pairs of one expert in a way of its own
+            pairs = [pairs[i] for i in args[1].flatten().sort()[1].tolist()]
+        for e, t, j in pairs[self.steps % self.config.stride::self.config.stride]:
+            if args[2][t, j] and (self.mask is None or self.mask.flatten()[t]):
+                outputs = W[e] @ x[t]
+                if bias is not None:
+                    outputs = outputs + bias[e].detach().double().numpy()
+                self.pairs[e].append(gate_of(self.family, outputs))
 
     def decide(self):
         c = self.config
