@@ -6,8 +6,9 @@ models under PEFT's LoRA on all linear layers:
     python -m nalora_hf.survey --report    writes the table of MODELS.md from MODELS.json
 
 A row says "steered" only if two things were seen. The importance is the mean |phi'| of what each
-FFN's activation received, all tokens counted by a hook of our own. And one step of SGD moved the
-rows of every B_gate as the mask and the scale say, bit for bit, seen beside plain LoRA's step.
+FFN's activation received, all tokens counted by a hook of our own (of an expert: what its weights
+make of the tokens that the router gives it). And one step of SGD moved the rows of every B_gate, an
+expert's alone, as the mask and the scale say, bit for bit, seen beside plain LoRA's step.
 """
 import argparse
 import contextlib
@@ -93,10 +94,7 @@ def loss_of(model):
     return model(input_ids=tokens).logits.float().square().mean()
 
 # ---- one family ----------------------------------------------------------------------------------
-WAYS = ("", "target_parameters", "inject_lora")  # PEFT's all-linear, and with experts; ours
-
-def fused_experts(model):
-    return {name: m for name, m in model.named_modules() if hasattr(m, "is_concatenated")}
+WAYS = ("", "target_parameters", "inject_lora")  # PEFT's all-linear; with fused experts; ours
 
 def with_lora(model, way):
     """The model with LoRA on all linear layers, B away from 0."""
@@ -107,10 +105,10 @@ def with_lora(model, way):
         inject_lora(model, [name for name in linears if "router" not in name], rank=4, alpha=8)
     else:
         from peft import LoraConfig, get_peft_model
-
         config = LoraConfig(r=3, lora_alpha=6, target_modules="all-linear")
         if way == "target_parameters":
-            config.target_parameters = [f"{name}.{p}" for name, m in fused_experts(model).items()
+            config.target_parameters = [f"{name}.{p}" for name, m in model.named_modules()
+                                        if hasattr(m, "is_concatenated")
                                         for p, t in m.named_parameters() if t.dim() == 3]
         model = get_peft_model(model, config)
     torch.manual_seed(2)
@@ -143,19 +141,16 @@ def steer(fresh, keywords):
     optimizer = optimizer_of(model)
     nalora = NALoRA(model, optimizer, NALoRAConfig(stride=1, keep=0.25), **keywords)
     received = {}  # {FFN: {expert, or () where there are none: [z]}}
-
     def note(ffn, z, expert=()):
         z = z.detach().flatten(0, -2).float()
         received.setdefault(ffn, {}).setdefault(expert, []).append(z)
-
-    def note_experts(ffn, x, experts, scores):  # from what they receive, not from the activation
+    def note_experts(ffn, x, experts, scores):
         W = ffn.gate.get_param()  # with LoRA, while it computes
         for e in experts.unique().tolist():
             token = ((experts == e) & (scores != 0)).any(-1)
             z = x[token] @ (W[e] if ffn.module.is_transposed else W[e].T)
             z = z + ffn.module.gate_up_proj_bias[e] if ffn.module.has_bias else z
             note(ffn, z[:, ffn.rows], e)
-
     for ffn in nalora.ffns:
         if isinstance(ffn, Experts):
             ffn.module.register_forward_pre_hook(lambda m, inputs, f=ffn: note_experts(f, *inputs))
@@ -206,33 +201,30 @@ def try_way(name, way):
     """(row as of `try_family`, which of "experts" and "FFNs" are steered) with LoRA put in so."""
     def fresh():
         return with_lora(build(name), way)
-
-    said = []
+    row = {"outcome": "refused", "how": "", "said": ""}
     try:
         names = candidates(fresh())
     except Exception as e:
-        return {"outcome": "refused", "how": "", "said": f"This LoRA does not go in: {e}"}, []
+        return row | {"said": f"This LoRA does not go in: {e}"}, []
     for keywords in [{}, *({"gate": gate} for gate in names), {"gate": "w1", "act": F.silu}]:
         try:
             problem, ffns = steer(fresh, keywords)
         except ValueError as e:
-            said.append(str(e).splitlines()[0])
+            row["said"] = row["said"] or str(e).splitlines()[0]
             continue
         how = [way, *(f"{k}={getattr(v, '__name__', repr(v))}" for k, v in keywords.items())]
         row = {"outcome": "wrong" if problem else "steered" if gated(ffns[0]) else "ungated",
                "how": ", ".join(filter(None, how)), "said": problem}
         return row, {"experts" if isinstance(ffn, Experts) else "FFNs" for ffn in ffns}
-    return {"outcome": "refused", "how": "", "said": said[0]}, []
+    return row, []
 
 def try_family(name):
     """{"outcome": steered, ungated, refused, not built or wrong, "how", "said"} of a class."""
     try:
-        mixture = bool(fused_experts(build(name)))
+        mixture = any(hasattr(m, "is_concatenated") for m in build(name).modules())
     except ValueError as e:
         return {"outcome": "not built", "how": "", "said": str(e)}
-    tries = [try_way(name, way) for way in (WAYS if mixture else WAYS[:1])]
-    if not mixture and not tries[0][1]:
-        tries.append(try_way(name, WAYS[-1]))
+    tries = [try_way(name, way) for way in (WAYS if mixture else WAYS[::2])]
     steered = {what: row for row, found in tries[::-1] for what in found}  # by the first way
     wrong = [row for row, _ in tries if row["outcome"] == "wrong"]
     if wrong or not steered:
@@ -290,7 +282,6 @@ def reason(said):
         "in its experts": "the gates are in experts without LoRA",
         "form of its own": "the experts are computed in a form of their own",
         "No gated FFN": "no linear layer stands in front of an activation and carries LoRA",
-        "no activation": "the layer called gate_proj belongs to no FFN (attention)",
         "no module of its own": "gate and up are one layer, and the activation is no module",
         "This LoRA": "PEFT's LoRA does not go in, or its model does not run"}
     return next((kind for mark, kind in kinds.items() if mark in said), said.split(":")[0])
@@ -300,15 +291,11 @@ def main(argv=None):
     parser.add_argument("families", nargs="*", help="model types, such as qwen3 (default: all)")
     parser.add_argument("--report", action="store_true", help="print the table of the last survey")
     args = parser.parse_args(argv)
-    if not args.report:
-        rows = survey(args.families)
-        if not args.families:
-            write_files(PACKAGE, {"MODELS.json": rows})
-    else:
-        rows = read_json(PACKAGE / "MODELS.json")
+    rows = read_json(PACKAGE / "MODELS.json") if args.report else survey(args.families)
     table = report(rows)
     print(table)
     if not args.families:
+        write_files(PACKAGE, {"MODELS.json": rows})
         text = (PACKAGE / "MODELS.md").read_text(encoding="utf-8")
         before, _, rest = text.partition(MARK)
         text = f"{before}{MARK}\n{table}\n{END}{rest.partition(END)[2]}"
