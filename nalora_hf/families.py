@@ -33,6 +33,7 @@ class FFN:
         self.parameters = [p for layer in layers for pair in lora_pairs(layer) for p in pair]
         self.B_gates = [B for _, B in lora_pairs(gate)]  # of several active adapters, several
         self.B_gate = self.B_gates[0]  # (rows, rank)
+        self.adapters = active_adapters(gate)[:1]  # of PEFT's, the one that is steered
         self.width = gate_width(module, gate)  # F
         self.fused = len(self.B_gate) > self.width  # then B's other rows make up
         self.rows = None if self.fused else torch.arange(self.width, device=self.B_gate.device)
@@ -53,9 +54,10 @@ class FFN:
         return State(*(t[self.index].clone() for t in self.group.state))
 
     def is_active(self):
-        """Whether the adapter that is steered is the one that computes."""
+        """Whether the adapter that is steered computes. Asked by name: within a pass FSDP2 has other
+        parameters in the place of its own."""
         return (not getattr(self.gate, "disable_adapters", False)
-                and any(B is self.B_gate for _, B in lora_pairs(self.gate)))
+                and {*self.adapters} <= {*active_adapters(self.gate)})
 
     def kind(self):
         """Equal for FFNs that one call may observe."""
@@ -232,6 +234,9 @@ def lora_pairs(layer):
         return []
     if isinstance(pair[0], nn.Parameter):
         return [tuple(pair)]
-    names = [name for name in getattr(layer, "active_adapters", []) if name in pair[0]]
-    pairs = [[part[name] for part in pair] for name in names]
+    pairs = [[part[name] for part in pair] for name in active_adapters(layer)]
     return [tuple(getattr(part, "weight", part) for part in pair) for pair in pairs]
+
+def active_adapters(layer):
+    """Names of a PEFT layer's adapters that compute and have an A and a B; of ours, none."""
+    return [name for name in getattr(layer, "active_adapters", []) if name in layer.lora_A]
