@@ -47,15 +47,20 @@ class FFN:
     def forget(self):
         """Begins a step."""
         self.counted = False  # a pass counted in forward, so that backward's is the same again
+        self.forget_masks()
+
+    def forget_masks(self):
         self.masks = []  # of passes without gradients: a checkpoint may compute them again
+        self.again = False  # whether it has begun to
+        self.masks_set = False  # whether masks are set anew then
 
     @property
     def state(self):
         return State(*(t[self.index].clone() for t in self.group.state))
 
     def is_active(self):
-        """Whether the adapter that is steered computes. Asked by name: within a pass FSDP2 has other
-        parameters in the place of its own."""
+        """Whether the adapter that is steered computes. Asked by name: within a pass, FSDP2 has
+        other parameters in their place."""
         return (not getattr(self.gate, "disable_adapters", False)
                 and {*self.adapters} <= {*active_adapters(self.gate)})
 
@@ -73,16 +78,23 @@ class FFN:
             raise ValueError(f"token_mask is {tuple(mask.shape)}, but the gates see tokens "
                              f"{tuple(z.shape[:-1])}: set it before each pass, or to None.")
 
+    def note_mask(self, mask):
+        """Of a pass without gradients."""
+        if self.again:
+            self.forget_masks()
+        self.masks.append(mask)
+
     def mask_of_recomputed(self, mask):
         """The mask of a pass that runs within backward, by those of passes without gradients: a
-        checkpoint computes again the last one that is left, others set theirs anew."""
-        if self.masks and all(other is self.masks[0] for other in self.masks):
-            mask = self.masks[0]
-        elif self.masks and mask is self.masks[-1]:
+        checkpoint computes again the one pass that was, others set their masks anew."""
+        self.again = True
+        if all(other is self.masks[0] for other in self.masks):
+            return self.masks[0] if self.masks else mask
+        self.masks_set |= mask is not self.masks[-1]
+        if not self.masks_set:
             warnings.warn("Several passes with their token masks came before one backward, under "
                           "reentrant checkpointing, which tells them not apart: use_reentrant="
                           "False does.")
-        self.masks = [other for other in self.masks if other is not mask]
         return mask
 
     def find_rows(self, z):
