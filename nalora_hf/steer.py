@@ -45,6 +45,7 @@ class NALoRA(nalora.NALoRA):
         self.dry = 0  # steps in a row before which none was
         self.fitted = True  # whether the token mask was of use since then
         self.before = {}  # {optimizer: [each parameter before its last step; then, after it]}
+        self.forms = {}  # {optimizer: [their dtypes and devices then]}
         self.stepping = False
         self.begins = True  # no step was taken yet
         self.guard = Guard(self.ffns[0].B_gate.device)
@@ -93,7 +94,7 @@ class NALoRA(nalora.NALoRA):
             return
         self.seen = True
         self.passes += ffn is self.ffns[0]
-        if ffn is self.ffns[0] and (not self.before or self.passes.bit_count() == 1 < self.passes):
+        if ffn is self.ffns[0] and (not self.forms or self.passes.bit_count() == 1 < self.passes):
             self.compare(() if self.stepping else self.optimizers)
         if ffn.check_rows and ffn.act is not ffn.gate:
             ffn.find_rows(z)
@@ -138,11 +139,13 @@ class NALoRA(nalora.NALoRA):
     def compare(self, optimizers):
         """Are their parameters as they were after their last step, or at the first pass?"""
         for optimizer in optimizers:
-            now = [widen(self.value(p)) for p, _ in self.steered[optimizer]]
-            before = self.before.get(optimizer, [])
-            if [(t.dtype, t.device) for t in before] == [(t.dtype, t.device) for t in now]:
-                self.guard.compare(before, now)
-            else:
+            values = [self.value(p) for p, _ in self.steered[optimizer]]
+            now = [widen(value) for value in values]
+            form = [(value.dtype, value.device) for value in values]
+            if form == self.forms.get(optimizer):
+                self.guard.compare(self.before[optimizer], now)
+            else:  # at first, or after a cast
+                self.forms[optimizer] = form
                 self.before[optimizer] = [t.clone() for t in now]
 
     @torch.compiler.disable
@@ -249,7 +252,7 @@ class NALoRA(nalora.NALoRA):
             group.state = State(*(torch.stack([state[key] for state in found]).to(t)
                                   for key, t in group.state._asdict().items()))
             group.forget()
-        self.before.clear()
+        self.forms.clear()
         self.seen = False
         self.passes = 0
         self.begins = False
