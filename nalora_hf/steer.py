@@ -9,8 +9,8 @@ import torch.nn as nn
 import nalora
 from nalora import GateSums, NALoRAConfig, State, widen
 from nalora_hf.families import GATES, find_ffns
-from nalora_hf.guard import (Guard, find_process_groups, is_nested, parameters_by_optimizer,
-                             this_rank, usable_optimizers)
+from nalora_hf.guard import (Guard, find_process_groups, has_stepped, is_nested,
+                             parameters_by_optimizer, this_rank, usable_optimizers)
 from nalora_hf.watch import Group, Hook, drop_idle_hooks
 
 SAMPLES = 64 * 2**20  # bytes of gates that are held at most until they are observed
@@ -156,8 +156,7 @@ class NALoRA(nalora.NALoRA):
         self.compare([optimizer])
         self.stepping = True
         values = [self.value(p) for p, _ in self.steered[optimizer]]
-        if self.begins and self.steps == 0 and any(
-                optimizer.state.get(p) for p, _ in self.steered[optimizer]):
+        if self.begins and has_stepped(optimizer, [p for p, _ in self.steered[optimizer]]):
             warnings.warn("The optimizer goes on with a run, but NALoRA begins anew: give "
                           "load_state_dict what state_dict gave then.")
         self.begins = False
@@ -237,6 +236,8 @@ class NALoRA(nalora.NALoRA):
     # -- what it knows -------------------------------------------------------------------------
     def load_state_dict(self, saved):
         """Goes on from a `state_dict`. ValueError if it is of another configuration or model."""
+        if not isinstance(saved, dict) or not {"config", "steps", "ffns"} <= saved.keys():
+            raise ValueError("This is not what NALoRA's state_dict() gives.")
         here = asdict(self.config)
         for name, value in saved["config"].items():
             if value != here.get(name):
