@@ -254,6 +254,7 @@ class NALoRA(nalora.NALoRA):
                                   for key, t in group.state._asdict().items()))
             group.forget()
         self.forms.clear()
+        self.held = 0
         self.seen = False
         self.passes = 0
         self.begins = False
