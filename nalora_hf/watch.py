@@ -68,8 +68,10 @@ class Hook(nalora.Hook):
         elif trains:
             torch.ops.nalora_hf.see(self.nalora.order, self.key, t.detach())
 
+UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)  # a replayed graph would call no hook
+
 @torch.library.custom_op("nalora_hf::see", mutates_args=("order",),
-                         tags=getattr(torch.Tag, "cudagraph_unsafe", ()))
+                         **({} if UNSAFE is None else {"tags": (UNSAFE,)}))
 def see(order: torch.Tensor, key: torch.Tensor, z: torch.Tensor) -> None:
     """A hook's call within a compiled graph; `order` keeps such calls in theirs."""
     hook = Hook.living.get(int(key))
