@@ -33,6 +33,8 @@ class FFN:
         self.parameters = [p for layer in layers for pair in lora_pairs(layer) for p in pair]
         self.B_gates = [B for _, B in lora_pairs(gate)]  # of several active adapters, several
         self.B_gate = self.B_gates[0]  # (rows, rank)
+        adapters = getattr(gate, "active_adapters", [])  # PEFT's
+        self.adapter = next((name for name in adapters if name in gate.lora_A), None)
         self.width = gate_width(module, gate)  # F
         self.fused = len(self.B_gate) > self.width  # then B's other rows make up
         self.rows = None if self.fused else torch.arange(self.width, device=self.B_gate.device)
@@ -54,8 +56,9 @@ class FFN:
 
     def is_active(self):
         """Whether the adapter that is steered is the one that computes."""
-        return (not getattr(self.gate, "disable_adapters", False)
-                and any(B is self.B_gate for _, B in lora_pairs(self.gate)))
+        if self.adapter is None:
+            return True
+        return self.adapter in self.gate.active_adapters and not self.gate.disable_adapters
 
     def kind(self):
         """Equal for FFNs that one call may observe."""
