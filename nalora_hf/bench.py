@@ -73,8 +73,9 @@ def measure(size, compiled, device, dtype, rounds):
     """{kind: (seconds of each round, peak MB of its own or None)}."""
     runs = {}
     memory = {}
-    for warm in (torch.float32, dtype) if device == "cuda" else ():  # cuBLAS takes its workspace
-        torch.ones(64, 64, device=device, dtype=warm) @ torch.ones(64, 64, device=device, dtype=warm)
+    for warm in (torch.float32, dtype):  # so that no kind pays for cuBLAS's workspace
+        ones = torch.ones(64, 64, device=device, dtype=warm)
+        ones @ ones
     for kind in KINDS:
         held = torch.cuda.memory_allocated() if device == "cuda" else 0
         runs[kind] = Run(kind, size, compiled, device, dtype)

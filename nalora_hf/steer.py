@@ -95,9 +95,8 @@ class NALoRA(nalora.NALoRA):
             return
         self.seen = True
         self.passes += ffn is self.ffns[0]
-        if ffn is self.ffns[0] and self.passes.bit_count() == 1:
-            noted = [o for o in self.optimizers if self.passes > 1 or not self.kept[o].noted]
-            self.compare([] if self.stepping else noted)
+        if ffn is self.ffns[0] and self.passes.bit_count() == 1 and not self.stepping:
+            self.compare([o for o in self.optimizers if self.passes > 1 or not self.kept[o].noted])
         if ffn.check_rows and ffn.act is not ffn.gate:
             ffn.find_rows(z)
         if z.size(-1) != ffn.width:
