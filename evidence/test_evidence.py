@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.patches import Rectangle
 
 import nalora
 import train_tiny
@@ -59,16 +60,28 @@ def test_the_figure_of_activations(monkeypatch):
     texts = {text.get_text().split(":")[0]: text.get_position() for text in kappa.texts}
     assert texts["κ > 1"][0] > 0 and texts["κ > 1"][1] > 1
     assert texts["κ < 1"][0] < 0 and texts["κ < 1"][1] < 1
+    driven = {ax.get_title().split()[0]: text.get_text() for ax in axes for text in ax.texts
+              if text.get_text().startswith("drives")}
+    assert driven == {"slope": "drives the mask", "homogeneity": "drives the scale"}
 
 def test_the_board_figure_shows_rows_that_move_and_rows_that_do_not(monkeypatch):
     (ax,) = figure_of(monkeypatch, board.draw_board).axes
-    rows = [patch for patch in ax.patches if patch.get_height() < 0.3]
+    boxes = [patch for patch in ax.patches if isinstance(patch, Rectangle)]
+    rows = [patch for patch in boxes if patch.get_height() == 0.3]
     colours = [patch.get_facecolor() for patch in rows]
+    hatched = [bool(patch.get_hatch()) for patch in rows]
     assert len(rows) == 24 and len(set(colours[:8])) == 2 and len(set(colours[8:])) == 1
-    assert colours[8] in colours[:8]
-    said = " ".join(text.get_text() for text in ax.texts)
-    for word in ("W_{gate}", "W_{up}", "W_{down}", "φ'(z)", "1/k̂", "optimizer.step()"):
-        assert word in said
+    assert colours[8] in colours[:8] and not any(hatched[8:])
+    assert hatched == [colour != colours[8] for colour in colours]
+    frozen = [patch.get_facecolor() for patch in boxes if patch.get_height() == 2.4]
+    assert len(frozen) == 3 and len({*frozen, *colours}) == 3       # one meaning for each colour
+    texts = [(text.get_text(), *text.get_position()) for text in ax.texts]
+    A, B = ([x for text, x, _ in texts if text == name] for name in "AB")
+    assert len(A) == len(B) == 3 and all(b < a for a, b in zip(A, B))   # W + B A
+    said = [text for text, *_ in texts]
+    assert [said.count(n) for n in "123"] == [2, 2, 4]              # in the picture and under it
+    for word in ("W_{gate}", "W_{up}", "W_{down}", "φ'(z)", "1/k̂", "after every step"):
+        assert word in " ".join(said)
 
 def test_the_figure_of_differences(monkeypatch):
     toy = committed("toy")
