@@ -244,6 +244,7 @@ def test_the_losses_of_the_first_page_are_those_of_the_results():
         losses = [list(paired.by_seed(c, label, "val_loss").values()) for c in (toy, real)]
         cells = [f"{np.mean(x):.4f} ± {np.std(x, ddof=1):.4f}" for x in losses]
         assert f"| {words} | {cells[0]} | {cells[1]} |" in FIRST_PAGE
+    assert all(c["variants"]["lora"]["lr"] == c["variants"]["nalora"]["lr"] for c in (toy, real))
     told = [difference(toy, "nalora", "lora"), difference(real, "nalora", "lora"),
             difference(toy, "nalora-mask", "random-mask")]
     said = ["{:+.4f} [{:+.4f}, {:+.4f}]".format(*d) for d in told]
