@@ -4,6 +4,7 @@ pass the checks, empty steps fail all of them, and each usual mistake fails the 
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,34 @@ def test_the_pseudo_code_of_the_vectors_is_that_of_nalora():
     text = (vectors.VECTORS / "README.md").read_text(encoding="utf-8").split("```")[1]
     assert text.strip() in nalora.__doc__ and text.startswith("\nAn FFN has F gate channels")
     assert text.endswith("(exact at f = 0 and 1)\n")
+
+def test_the_step_in_numbers_of_the_vectors_is_what_nalora_makes():
+    text = (vectors.VECTORS / "README.md").read_text(encoding="utf-8")
+    port = vars(core_of_nalora(torch.float64))
+    assert re.findall(r"^\| `(\w+)\(", text, re.M) == list(port)  # the six that a port exports
+    port["token_weights"] = lambda real, *more: solutions.token_weights(np.array(real), *more)
+    lines = text.split("## One step in numbers")[1].split("```")[1].strip().splitlines()
+    for given, wanted in zip(lines[::2], lines[1::2], strict=True):
+        name, _, call = given.removeprefix(">>> ").rpartition(" = ")
+        port[name] = found = eval(call, port)
+        wanted = eval(wanted, {"nan": np.nan})
+        pairs = [(found, wanted)]
+        if isinstance(wanted, dict):
+            assert found.keys() == wanted.keys()
+            pairs = [(found[key], wanted[key]) for key in wanted]
+        for ours, told in pairs:
+            np.testing.assert_allclose(np.asarray(ours), told, atol=5.1e-5, err_msg=given)
+
+def test_the_readme_of_the_vectors_tells_what_a_port_sees():
+    text = (vectors.VECTORS / "README.md").read_text(encoding="utf-8")
+    assert f"{len(vectors.ABOUT['cases'])} cases at the tolerance of float64, 0 fail" in text
+    (name, what, how, catches), = vectors.failures(port_with(**MUTANTS["rounded up in floats"]))
+    assert f"`{name}, {what}: {how}. This case catches: {catches}.`" in text
+    assert len(MUTANTS) == 31 and "Thirty-one misreadings" in text
+    assert len(vectors.ABOUT["cases"]) == 20 and "Twenty cases" in text
+    tolerance = vectors.ABOUT["tolerance"]
+    assert tolerance == {"float64": 1e-10, "float32": 5e-5}
+    assert "(1e-10 in float64, 5e-5 in float32)" in text
 
 def test_the_vectors_are_those_of_their_script():
     about, made = make_vectors.make_all()
