@@ -5,8 +5,11 @@ import importlib.util
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +27,8 @@ import check
 import make_vectors
 import nalora
 import solutions
+import step6
+import train_tiny
 import vectors
 
 # ---- the vectors -------------------------------------------------------------
@@ -86,10 +91,17 @@ def test_interop_the_tour_runs():
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
     tour = nbformat.read(HERE / "tour.ipynb", as_version=4)
-    assert all(cell.outputs for cell in tour.cells if "plt.subplots" in cell.source)
+    pictures = [cell for cell in tour.cells if "plt.subplots" in cell.source
+                or "panels(" in cell.source]
+    assert all(cell.outputs and "xlabel" in cell.source for cell in pictures)
+    assert int(re.search(r'"figure.dpi": (\d+)', tour.cells[1].source)[1]) >= 80
+    for cell in tour.cells:  # a tenth of its steps
+        cell.source = cell.source.replace("steps=120", "steps=12")
     nbclient.NotebookClient(tour, timeout=600, resources={"metadata": {"path": HERE}}).execute()
     printed = "".join(o.get("text", "") for c in tour.cells for o in c.get("outputs", []))
-    assert "nalora: mean |change|" in printed and "plain mean of kappa" in printed
+    for name in ("LoRA", "NA-LoRA", "random rows"):
+        assert f"\n{name}: mean |change of rho|" in f"\n{printed}"
+    assert "plain mean of kappa" in printed
 
 # ---- misreadings, each of which the vectors must find ------------------------
 def port_with(**changes):
@@ -451,3 +463,58 @@ def test_each_usual_mistake_gets_its_own_words(monkeypatch, test, args, wrong, w
     monkeypatch.setattr(check, "lab", SimpleNamespace(**{**vars(solutions), **wrong}))
     with pytest.raises(pytest.fail.Exception, match=words):
         getattr(check, test)(*args)
+
+# ---- step 6 ------------------------------------------------------------------
+def steered_run(lab, choose=step6.responsive):
+    """A run of step 6 after two steps."""
+    args = SimpleNamespace(seed=3, steps=2, optimizer="adamw")
+    c = replace(step6.settings(choose, args), train_size=64)
+    run = train_tiny.set_up(c, {"lora": partial(step6.steer, lab=lab, choose=choose)})
+    assert len(list(train_tiny.training_loop(run))) == 2
+    return run
+
+@pytest.fixture(scope="module")
+def own():
+    return steered_run(solutions)
+
+def test_step_6_runs_the_functions_of_the_lab(own):
+    """They choose the rows of nalora.py, and another `decide` is seen."""
+    reference = steered_run(None)
+    for mine, wanted in zip(own.nalora.ffns, reference.nalora.ffns):
+        assert torch.equal(mine.state.mask, wanted.state.mask)
+        assert torch.equal(mine.B_gate, wanted.B_gate) and mine.state.mask.sum() == 39
+    other = SimpleNamespace(**{**vars(solutions), **MUTANTS["least important first"]})
+    for mine, changed in zip(own.nalora.ffns, steered_run(other).nalora.ffns):
+        assert not torch.equal(mine.state.mask, changed.state.mask)
+
+def test_the_choices_of_step_6_are_what_they_are_called(own):
+    steered = own.nalora
+    masks = {name: [choose(steered, ffn) for ffn in steered.ffns]
+             for name, choose in step6.ROWS.items() if choose}
+    assert all(mask.sum() == 39 for of_ffns in masks.values() for mask in of_ffns)
+    for i, ffn in enumerate(steered.ffns):
+        importance = ffn.state.importance
+        most = masks["the most responsive"][i]
+        least = masks["the least responsive"][i]
+        assert importance[most].min() > importance[~most].max()
+        assert importance[least].max() < importance[~least].min()
+        assert torch.equal(ffn.B_gate.detach().ne(0).any(1), steered.moved[ffn])
+    steered.steps += 1
+    for name in ("these, shuffled", "random, fixed", "random, redrawn"):
+        again = [step6.ROWS[name](steered, ffn) for ffn in steered.ffns]
+        same = [torch.equal(a, b) for a, b in zip(masks[name], again)]
+        assert not any(same) if name == "random, redrawn" else all(same)
+        assert not torch.equal(masks[name][0], masks["the most responsive"][0])
+    steered.steps -= 1
+
+def test_step_6_says_whose_functions_it_runs_and_refuses_in_one_sentence(monkeypatch, capsys):
+    assert step6.own_lab("solutions")[0] is solutions
+    lab, sentence = step6.own_lab("steps")
+    assert lab is None and sentence.startswith("steps.py does not pass step 5 yet")
+    monkeypatch.setattr(step6, "ROWS", {"all: LoRA": None, "random, fixed": step6.fixed})
+    assert step6.main(["--steps", "1", "--file", "solutions"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "of solutions.py choose the rows" in lines[0] and len(lines) == 5
+    assert re.fullmatch(r"random, fixed +2\.\d{4} +10%", lines[4])
+    assert step6.main(["--steps", "0"]) == 2
+    assert capsys.readouterr() == ("", "step6.py: --steps is 0: give a number of at least 1.\n")
