@@ -261,10 +261,10 @@ class Tally:
         if report.failed:
             test, _, of = report.nodeid.rpartition("::")[2].partition("[")
             _, step, name = test.split("_", 2)
-            subject = ", ".join([name.replace("_", " "), of.rstrip("]")] if of else [name])
+            subject = ", ".join(filter(None, [name.replace("_", " "), of.rstrip("]")]))
             sentence = report.longreprtext.strip()
-            known = sentence.startswith(("step", "`", "Does", FILE.name))
-            self.sentences[sentence] = "" if known else f"{step[:4]} {step[4:]}, {subject}: "
+            known = sentence.startswith(("step", "Does"))
+            self.sentences.setdefault(sentence, "" if known else f"step {step[4:]}, {subject}: ")
 
     def lines(self):
         """What to print; of a step's functions that are not written yet the first alone."""

@@ -17,9 +17,13 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-import torch
+try:
+    import torch
 
-import train_tiny
+    import train_tiny
+except ModuleNotFoundError as error:
+    sys.exit(f"step6.py: {error.name} is not installed; course/README.md says how. Steps 1 to 5 do "
+             "without it.")
 import vectors
 from nalora import NALoRA, NALoRAConfig, State, importance_mask
 
