@@ -90,7 +90,7 @@ def number(x, digits):
     return f"{x + 0:.{digits}f}".replace("-", "−")
 
 @pytest.mark.parametrize("index", range(len(SETTINGS)))
-def test_interop_the_page_computes_what_nalora_does(opened, index):
+def test_the_page_computes_what_nalora_does(opened, index):
     found = opened[index]
     asked = SETTINGS[index]
     assert {key: found[key] for key in asked} == asked
@@ -118,7 +118,7 @@ def test_interop_the_page_computes_what_nalora_does(opened, index):
     assert found["shown"]["rows"] == f"{state.mask.sum()} of {len(zero)}"
     assert found["shown"]["occupancy"] == f"{100 * state.occupancy.item():.0f} %"
 
-def test_interop_the_histogram_is_that_of_the_gates(opened):
+def test_the_histogram_is_that_of_the_gates(opened):
     for found in opened:
         heights = np.array(found["heights"])
         edges = np.linspace(-8, 8, len(heights) + 1)
@@ -126,10 +126,10 @@ def test_interop_the_histogram_is_that_of_the_gates(opened):
         wanted = np.histogram(gates, edges)[0]
         assert np.allclose(heights / heights.sum(), wanted / wanted.sum(), atol=2e-3)
 
-def test_interop_nothing_is_wider_than_a_telephone(opened):
+def test_nothing_is_wider_than_a_telephone(opened):
     assert all(found["wide"] <= 0 for found in opened)
 
-def test_interop_what_the_page_asks_to_try_is_so(opened):
+def test_what_the_page_asks_to_try_is_so(opened):
     """The answers that are folded under "Try", in their order; SETTINGS 1 to 6."""
     _, top, linear, relu, opposed, shut, alike = opened[:7]
     assert round(top["k_hat"], 2) == 1.28 and top["scale"] == 1 and top["occupancy"] == 1

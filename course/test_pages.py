@@ -148,6 +148,23 @@ def test_so_many_hands_come_by_chance_in_less_than_5_percent():
             return 2 * sum(math.comb(runs, k) for k in range(hands, runs + 1)) / 2**runs
         assert most == runs - least and chance(least) < 0.05 <= chance(least - 1)
 
+def test_the_tour_says_what_its_stored_outputs_show():
+    cells = json.loads((HERE / "tour.ipynb").read_text(encoding="utf-8"))["cells"]
+    printed = "".join("".join(o.get("text", [])) for c in cells for o in c.get("outputs", []))
+    told = " ".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    shift = {name: float(value) for name, value in re.findall(
+        r"^(.+): mean \|change of rho\|.*; over all ([\d.]+)$", printed, re.M)}
+    assert shift["NA-LoRA"] < shift["LoRA"] and "shifts a little less than in LoRA" in told
+    assert abs(shift["random rows"] - shift["NA-LoRA"]) < 0.2 * (shift["LoRA"] - shift["NA-LoRA"])
+    assert "with random rows it does so by about as much" in told
+    assert "More than half of the rows moved at some time" in told
+    moved = re.search(r"^NA-LoRA: rows that moved at some time, by layer: (.*)$", printed, re.M)[1]
+    assert all(int(share.rstrip("%")) > 50 for share in moved.split(", "))
+    assert float(re.search(r"share of z > 0: ([\d.]+)", printed)[1]) < 0.5
+    assert "Most gates are below 0" in told
+    first, last = re.search(r"changes in a step: ([\d.]+) at first, ([\d.]+) at", printed).groups()
+    assert float(last) < float(first) and "changes its choice less and less" in told
+
 # ---- minutes, commands, files ----------------------------------------------------
 def test_the_minutes_agree_and_make_ninety():
     lab = re.findall(r"^## (Start|Step \d).*\((\d+) minutes\)$", LAB, re.M)
