@@ -188,4 +188,4 @@ def test_links_and_commands_lead_somewhere():
         assert links and all((HERE / link).exists() for link in links)
         for file in re.findall(r"python ([\w/]+\.py)", page):
             assert (HERE.parent / file).exists()
-    assert LAB.count("<details>") == LAB.count("</details>") == LAB.count("<details><summary>") == 7
+    assert LAB.count("<details>") == LAB.count("</details>") == LAB.count("<details><summary>") == 8
