@@ -3,7 +3,6 @@ model's own names. FFNs of one width stand stacked."""
 import math
 import re
 from collections import Counter
-from contextlib import suppress
 from functools import partial
 
 import torch
@@ -11,6 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nalora import GateSums, LoRALinear, State, value_and_slope, widen
+from nalora_hf.modules import match_names, unwrapped_modules
 
 GATES = ("gate_proj", "gate_up_proj")  # names of the linear layer in front of the activation
 
@@ -23,9 +23,6 @@ ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "quick_gelu": quick_gelu, "relu":
 def refuse(wrong, message):
     if wrong:
         raise ValueError(message)
-
-def shapes(tensors):
-    return {name: tuple(t.shape) for name, t in tensors.items()}
 
 class Stack:
     """FFNs of one width, device and activation; their states stand stacked."""
@@ -76,9 +73,9 @@ class Stack:
 def stack_ffns(model, gate, act):
     """([Stack of all FFNs whose gate carries LoRA], a sentence on what is steered)."""
     gates = [gate] if isinstance(gate, str) else list(gate)
-    modules = own_modules(model)
+    modules = unwrapped_modules(model)
     config = getattr(modules[""], "config", None)
-    matches = {name: modules[name] for name in named(modules, gates)}
+    matches = {name: modules[name] for name in match_names(modules, gates)}
     alike = {}
     for path, layer in matches.items():
         name, _, leaf = path.rpartition(".")
@@ -156,26 +153,3 @@ def lora_pairs(layer):
     names = getattr(layer, "active_adapters", []) if hasattr(layer, "lora_A") else []
     pairs = [(layer.lora_A[name], layer.lora_B[name]) for name in names if name in layer.lora_A]
     return [tuple(getattr(part, "weight", part) for part in pair) for pair in pairs]
-
-def named(names, targets):
-    """Those of `names` that `targets` name: a list as in inject_lora or, as PEFT has it, one
-    regular expression."""
-    if isinstance(targets, str):
-        with suppress(re.error):
-            return [name for name in names if re.fullmatch(targets, name)]
-    if isinstance(targets, list):
-        return [name for name in names if any(f".{name}".endswith(f".{t}") for t in targets)]
-    return []
-
-def own_modules(model):
-    """{name: module} under the model's own names, whatever wrappers stand around its parts: of
-    torch.compile, DDP, FSDP or activation checkpointing."""
-    wrapped = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    modules = dict(model.named_modules())
-    own = {"": ""}
-    for name in list(modules)[1:]:  # parents first
-        parent, _, part = name.rpartition(".")
-        skip = part in wrapped or isinstance(modules[parent], parallel)
-        own[name] = own[parent] if skip else f"{own[parent]}.{part}".removeprefix(".")
-    return {own[name]: m for name, m in modules.items()}

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from nalora import NALoRAConfig, blend, decide, observe
-from nalora_hf.families import GATES, lora_pairs, own_modules, refuse, shapes, stack_ffns
+from nalora_hf.families import GATES, lora_pairs, refuse, stack_ffns
+from nalora_hf.modules import shapes, unwrapped_modules
 
 # -- the class ------------------------------------------------------------------------------------
 class NALoRA:
@@ -159,7 +160,7 @@ def steered_by(optimizers, stacks):
                "This optimizer is steered by another NALoRA: call optimizer.nalora.remove() first.")
     steered = [(p, stack, i, layer is stack.gates[i] and p is pair[1])
                for stack in stacks for i, ffn in enumerate(stack.ffns)
-               for name, layer in own_modules(ffn).items() if "." not in name
+               for name, layer in unwrapped_modules(ffn).items() if "." not in name
                for pair in lora_pairs(layer) for p in pair]
     owner = {id(p): o for o in optimizers for group in o.param_groups for p in group["params"]
              if p.requires_grad}
