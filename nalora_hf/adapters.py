@@ -87,12 +87,13 @@ def load_adapter(model: nn.Module, directory: str | Path) -> list[str]:
     """Loads an adapter that save_adapter or PEFT wrote, injecting LoRA where there is none yet.
     Returns the module names. ValueError, with nothing changed, if it is broken, incomplete, more
     than plain LoRA or another model's (a base that was fine-tuned a little is not noticed)."""
+    linears = base_linears(model)
     directory = adapter_folder(directory)
     config = read_json(directory / "adapter_config.json")
     rank, alpha = plain_sizes(config)
     stored = read_tensors(directory / "adapter_model.safetensors")
     tensors = {PREFIX + key.removeprefix(PREFIX): t for key, t in stored.items()}
-    names = match_names(base_linears(model), config.get("target_modules"))
+    names = match_names(linears, config.get("target_modules"))
     if config.get("layers_to_transform") or config.get("exclude_modules"):  # not all of them
         names = [name for name in names if f"{PREFIX}{name}.lora_A.weight" in tensors]
     injected = has_lora(model)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from nalora_hf import inject_lora, load_adapter, lora, lora_parameters, merge_lora, save_adapter
-from nalora_hf.tests.helpers import FFN, batch, equal, small_llama
+from nalora_hf.tests.helpers import batch, equal, small_llama
 
 TOKENS = batch(5)[0]
 
