@@ -96,7 +96,8 @@ def has_lora(model: nn.Module) -> bool:
     return any(is_ours(m, "LoRALinear") for m in model.modules())
 
 def has_peft(model: nn.Module) -> bool:
-    return any(hasattr(m, "base_layer") and not is_ours(m, "LoRALinear") for m in model.modules())
+    return any("base_layer" in m._modules and not is_ours(m, "LoRALinear")
+               for m in model.modules())
 
 def lora_layers(model: nn.Module) -> dict[str, nalora.LoRALinear]:
     """{module name: LoRALinear, this one or nalora's} in module order. ValueError if there is none,
