@@ -66,7 +66,8 @@ def method_record(nalora=None) -> dict:
         return {"method": "lora", "config": None, "version": VERSION}
     config = getattr(nalora, "config", None)
     if type(config).__name__ != "NALoRAConfig":
-        raise ValueError(f"nalora is the NALoRA that steered the model, not {nalora!r}.")
+        raise ValueError("nalora is the NALoRA that steered the model, and no "
+                         f"{type(nalora).__name__}.")
     return {"method": "nalora", "config": asdict(config), "version": VERSION}
 
 def peft_reads(model, targets):

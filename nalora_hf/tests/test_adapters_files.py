@@ -195,13 +195,13 @@ def test_the_record_tells_lora_from_nalora(tmp_path):
     for name in ("lora", "nalora"):
         assert len(load_adapter(small_llama(), tmp_path / name)) == 6
 
-@pytest.mark.parametrize("wrong", [NALoRAConfig(), {"keep": 0.5}, True, nn.Linear(2, 2)], ids=repr)
-def test_what_is_no_nalora_is_refused(tmp_path, wrong):
-    with pytest.raises(ValueError, match="nalora is the NALoRA that steered the model, not"):
+@pytest.mark.parametrize("wrong", [NALoRAConfig(), {"keep": 0.5}, True, small_llama()],
+                         ids=lambda wrong: type(wrong).__name__)
+def test_what_is_no_nalora_is_refused(tmp_path, wrong):  # a model has a config, too
+    message = f"nalora is the NALoRA that steered the model, and no {type(wrong).__name__}"
+    with pytest.raises(ValueError, match=message) as told:
         save_adapter(trained_lora(), tmp_path / "a", nalora=wrong)
-    with pytest.raises(ValueError, match="nalora is the NALoRA"):
-        save_adapter(trained_lora(), tmp_path / "a", nalora=small_llama())  # it has a config, too
-    assert not (tmp_path / "a").exists()
+    assert "\n" not in str(told.value) and not (tmp_path / "a").exists()
 
 def test_an_adapter_of_version_1_is_read(tmp_path):
     model = trained_lora()

@@ -110,6 +110,15 @@ def test_an_average_under_ddp_and_ddp_of_an_average(tmp_path):
     finally:
         torch.distributed.destroy_process_group()
 
+@pytest.mark.parametrize("cls", [
+    "DataParallel", "DistributedDataParallel", "AveragedModel", "DeepSpeedEngine",
+    "AbstractGradSampleModule", "GradSampleModule", "ModelEmaV2", "ModelEmaV3", "Float16Module",
+    "ShardedDataParallel"])
+def test_wrappers_that_are_known_by_name_hold_any_model(cls):
+    known = type("Ours", (type(cls, (Wrapper,), {}),), {})  # a subclass, too
+    for name in ("module", "_module"):
+        assert list(unwrapped_modules(known(nn.Sequential(nn.Linear(8, 8)), name))) == ["", "0"]
+
 def own_module(name):
     """Models with a layer of that name, which belongs to it."""
     torch.manual_seed(0)
