@@ -11,6 +11,7 @@ from nalora import GateSums, NALoRAConfig, State, widen
 from nalora_hf.families import GATES, find_ffns
 from nalora_hf.guard import (Guard, Kept, find_process_groups, is_nested, kinds_of,
                              parameters_by_optimizer, this_rank, usable_optimizers)
+from nalora_hf.modules import is_ours
 from nalora_hf.watch import Group, Hook, drop_idle_hooks
 
 SAMPLES = 64 * 2**20  # bytes of gates that are held at most until they are observed
@@ -64,7 +65,7 @@ class NALoRA(nalora.NALoRA):
 
     def attach(self, ffn):
         for hook in [*ffn.act._forward_pre_hooks.values(), *ffn.act._forward_hooks.values()]:
-            old = getattr(hook, "nalora", None) if isinstance(hook, nalora.Hook) else None
+            old = hook.nalora if is_ours(hook, "Hook") else None
             if old is not None and any(ffn.B_gate is other.B_gate for other in old.ffns):
                 old.remove()  # such as when a notebook's cell runs again
         drop_idle_hooks(ffn.act)

@@ -3,15 +3,14 @@ import inspect
 import io
 import sys
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
 
-from nalora_hf.adapters import write_files
+from nalora_hf.adapters import method_record
 from nalora_hf.families import GATES
-from nalora_hf.modules import VERSION
+from nalora_hf.files import write_files
 from nalora_hf.steer import NALoRA
 from nalora_hf.watch import Hook
 
@@ -72,8 +71,8 @@ class NALoRACallback(TrainerCallback):
         if state.is_world_process_zero and folder.is_dir():
             content = io.BytesIO()
             torch.save(self.nalora.state_dict(), content)
-            record = {"method": "nalora", "config": asdict(self.nalora.config), "version": VERSION}
-            write_files(folder, {"nalora.pt": content.getvalue(), "nalora.json": record})
+            write_files(folder, {"nalora.pt": content.getvalue(),
+                                 "nalora.json": method_record(self.nalora)})
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.nalora is None or not self.nalora.steps or logs is None:

@@ -7,6 +7,7 @@ import torch
 
 import nalora
 from nalora import GateSums, State, widen
+from nalora_hf.modules import is_ours
 
 class Group:
     """FFNs that one call observes: nalora.SteeredFFN's fields, whose tensors lead with (N,)."""
@@ -85,5 +86,5 @@ see.register_fake(lambda order, key, z: None)
 def drop_idle_hooks(act):
     """Those that a copy of a steered model has."""
     for key, hook in list(act._forward_pre_hooks.items()):
-        if isinstance(hook, Hook) and hook.nalora is None:
+        if is_ours(hook, "Hook") and hook.nalora is None:
             del act._forward_pre_hooks[key]

@@ -284,4 +284,4 @@ def test_the_config_of_an_ffn_goes_before_the_models():
 def test_a_module_at_two_depths_has_the_name_that_torch_gives_it():
     model = nn.ModuleDict({"deep": nn.Sequential(nn.Linear(2, 2))})
     model["near"] = model["deep"][0]
-    assert list(families.own_modules(model)) == [name for name, _ in model.named_modules()]
+    assert list(families.unwrapped_modules(model)) == [name for name, _ in model.named_modules()]
