@@ -88,7 +88,7 @@ class NALoRA(nalora.NALoRA):
         in_backward = torch._C._current_graph_task_id() != -1
         if not in_backward:
             if not trains:
-                ffn.masks.append(mask)
+                ffn.note_mask(mask)
             ffn.counted |= trains
         elif trains and not ffn.counted:
             mask = ffn.mask_of_recomputed(mask)
