@@ -270,6 +270,9 @@ def check_arguments(model, optimizer, config):
         raise ValueError("NALoRA(model, optimizer): the two were given the other way round.")
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is a {type(model).__name__}, but has to be a torch.nn.Module.")
+    check_config(config)
+
+def check_config(config):
     if config is not None and type(config).__name__ != "NALoRAConfig":
         raise ValueError(f"config is a {type(config).__name__}, but has to be a NALoRAConfig, such "
                          "as NALoRAConfig(keep=0.25).")

@@ -1,5 +1,4 @@
-"""NALoRA on models and trainers of transformers, PEFT and Accelerate, which are extras."""
-import copy
+"""NALoRA on models of transformers, PEFT and Accelerate, which are extras."""
 import json
 import math
 import re
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from nalora import NALoRAConfig
-from nalora_hf import NALoRA, NALoRACallback, families, inject_lora, save_adapter
+from nalora_hf import NALoRA, families, inject_lora, save_adapter
 from nalora_hf.tests.helpers import (FAMILIES, FFN, batch, equal, family, hf_step, pairs_of,
                                      peft_llama, snapshot, wake)
 
@@ -109,49 +108,6 @@ def test_interop_gradient_checkpointing_changes_nothing(reentrant):
         assert (torch.equal(x["mask"], y["mask"])
                 and x["k_hat"] == pytest.approx(y["k_hat"], rel=1e-5)
                 and x["occupancy"] == pytest.approx(y["occupancy"]))
-
-def test_interop_trainer_and_its_resume(tmp_path):
-    from transformers import Trainer, TrainerCallback, TrainingArguments
-    data = [{"input_ids": batch(i, (1, 15))[0][0], "labels": batch(i, (1, 15))[0][0]}
-            for i in range(24)]
-
-    class Interrupt(TrainerCallback):
-        def on_step_end(self, arguments, state, control, **kwargs):
-            if state.global_step == 4:
-                raise KeyboardInterrupt
-
-    def train(folder, steps, resume=None, method=True, interrupted=None):
-        keep = NALoRACallback(NALoRAConfig(stride=1, keep=0.25))
-        arguments = TrainingArguments(str(folder), max_steps=steps, per_device_train_batch_size=2,
-                                      gradient_accumulation_steps=2, learning_rate=1e-2,
-                                      save_steps=3, lr_scheduler_type="constant", report_to=[],
-                                      use_cpu=True, disable_tqdm=True, seed=0, logging_steps=100,
-                                      dataloader_pin_memory=False)
-        trainer = Trainer(peft_llama(), arguments, train_dataset=data,
-                          callbacks=[keep] if method else [])
-        if interrupted:
-            weights = copy.deepcopy(trainer.model.state_dict())
-            trainer.add_callback(Interrupt)
-            with pytest.raises(KeyboardInterrupt):
-                trainer.train()
-            trainer.remove_callback(Interrupt)
-            if interrupted == "begins again":
-                trainer.model.load_state_dict(weights)
-                trainer.optimizer = None
-            else:
-                resume = True
-        trainer.train(resume_from_checkpoint=resume)
-        return snapshot(trainer.model), method and keep.nalora.statistics()
-
-    whole, s = train(tmp_path / "whole", 6)
-    train(tmp_path / "cut", 3)
-    resumed, t = train(tmp_path / "elsewhere", 6, resume=str(tmp_path / "cut" / "checkpoint-3"))
-    assert equal(whole, resumed) and all(torch.equal(s[name]["importance"], t[name]["importance"])
-                                         for name in s)
-    assert all(x["mask"].sum() == 12 and 0.5 <= x["scale"] <= 2 for x in s.values())
-    assert not equal(whole, train(tmp_path / "plain", 6, method=False)[0])
-    for how in ("begins again", "goes on"):
-        assert equal(whole, train(tmp_path / how, 6, interrupted=how)[0])
 
 def test_interop_accelerate():
     from accelerate import Accelerator
