@@ -71,12 +71,14 @@ class FFN:
             raise ValueError(f"token_mask is {tuple(mask.shape)}, but the gates see tokens "
                              f"{tuple(z.shape[:-1])}: set it before each pass, or to None.")
 
-    def mask_of_recomputed(self, mask):
+    def mask_of_recomputed(self, mask, z):
         """The mask of a pass that runs within backward, by those of passes without gradients: a
         checkpoint computes again the last one that is left, others set theirs anew."""
-        if self.masks and all(other is self.masks[0] for other in self.masks):
-            mask = self.masks[0]
-        elif self.masks and mask is self.masks[-1]:
+        tokens = z.numel() // z.size(-1)
+        masks = [other for other in self.masks if other is None or other.numel() == tokens]
+        if masks and all(other is masks[0] for other in masks):
+            mask = masks[0]
+        elif masks and mask is masks[-1]:
             warnings.warn("Several passes with their token masks came before one backward, under "
                           "reentrant checkpointing, which tells them not apart: use_reentrant="
                           "False does.")

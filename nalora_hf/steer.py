@@ -88,7 +88,7 @@ class NALoRA(nalora.NALoRA):
                 ffn.masks.append(mask)
             ffn.counted |= trains
         elif trains and not ffn.counted:
-            mask = ffn.mask_of_recomputed(mask)
+            mask = ffn.mask_of_recomputed(mask, z)
         if not trains or in_backward and ffn.counted:
             return
         self.seen = True

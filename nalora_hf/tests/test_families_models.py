@@ -1,7 +1,9 @@
 """NALoRA on models of transformers, PEFT and Accelerate, which are extras."""
+import functools
 import json
 import math
 import re
+import types
 
 import pytest
 import torch
@@ -88,6 +90,50 @@ def test_interop_ffns_without_a_gate_and_fused_ones():
         for name, s in tool.statistics().items():
             assert (torch.equal((gates[name] != before[name]).any(1), s["mask"])
                     and s["mask"].float().mean() == 0.25 and math.isfinite(s["k_hat"]))
+
+def fused_forward(self, x):
+    """As Liger's kernel: the activation is no module."""
+    return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+class FusedMLP(torch.nn.Module):
+    """As Liger puts it in the place of LlamaMLP before a model is made."""
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        sizes = config.hidden_size, config.intermediate_size
+        self.gate_proj = torch.nn.Linear(*sizes, bias=False)
+        self.up_proj = torch.nn.Linear(*sizes, bias=False)
+        self.down_proj = torch.nn.Linear(*sizes[::-1], bias=False)
+
+    forward = fused_forward
+
+@pytest.mark.parametrize("kind", ["a method", "a class", "around the old one"])
+def test_interop_a_fused_ffn_is_steered_as_the_one_it_replaces(kind, monkeypatch):
+    def run(model):
+        optimizer = torch.optim.AdamW(wake(pairs_of(model)), lr=1e-2)
+        tool = NALoRA(model.train(), optimizer, NALoRAConfig(stride=1, keep=0.25))
+        for i in range(3):
+            hf_step(model, optimizer, i)
+        return snapshot(model), tool
+
+    usual, tool = run(peft_llama())
+    assert all(ffn.act is not ffn.gate for ffn in tool.ffns)
+    if kind == "a class":
+        monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP", FusedMLP)
+    model = peft_llama()
+    for layer in model.base_model.model.model.layers:
+        mlp = layer.mlp
+        assert isinstance(mlp, FusedMLP) == (kind == "a class")
+        if kind == "a method":
+            mlp.forward = types.MethodType(fused_forward, mlp)
+        elif kind == "around the old one":
+            mlp.forward = functools.wraps(mlp.forward)(functools.partial(mlp.forward))
+    fused, other = run(model)
+    assert all((ffn.act is ffn.gate) == (kind != "around the old one") for ffn in other.ffns)
+    for (name, s), t in zip(tool.statistics().items(), other.statistics().values(), strict=True):
+        assert torch.equal(s["mask"], t["mask"]) and s["k_hat"] == pytest.approx(t["k_hat"])
+    for name, p in usual.items():
+        torch.testing.assert_close(p, fused[name], atol=1e-6, rtol=1e-4)
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_interop_gradient_checkpointing_changes_nothing(reentrant):

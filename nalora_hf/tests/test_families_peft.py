@@ -1,4 +1,5 @@
-"""What people train with, under NALoRA: kinds of LoRA, optimizers, quantized bases, towers, experts.
+"""What people train with, under NALoRA: kinds of LoRA, optimizers, quantized bases, towers, and
+mixtures of experts.
 
 The packages are extras; .ci/run installs them."""
 import pytest

@@ -1,5 +1,5 @@
-"""The survey of transformers' families: it sees what is wrong, and what it found is what MODELS.md and
-README.md say."""
+"""The survey of transformers' families: it sees what is wrong, and what it found is what MODELS.md
+and README.md say."""
 import pytest
 
 from nalora_hf import families, read_json, steer, survey

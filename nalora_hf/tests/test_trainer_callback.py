@@ -1,5 +1,5 @@
-"""NALoRACallback is a callback like any other: passed as a class or made, subclassed, found, taken out,
-copied; what it says in log lines, and what it writes into folders."""
+"""NALoRACallback is a callback like any other: passed as a class or made, subclassed, found, taken
+out, copied. What it says in log lines, and what it writes into folders."""
 import copy
 import json
 import pickle

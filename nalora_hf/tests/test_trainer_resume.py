@@ -1,4 +1,4 @@
-"""Runs of Trainer that are resumed, interrupted or go on: to the same bits, or with one sentence."""
+"""Runs of Trainer that are resumed, are interrupted or go on: to the same bits, or one sentence."""
 import copy
 import shutil
 import warnings

@@ -1,5 +1,5 @@
-"""Trainer in its usual modes: each pass of a step counts once, its real tokens alone, whatever stands
-around the model. The learning rate is 0, so that what NALoRA should know can be computed apart."""
+"""Trainer in its usual modes: each pass of a step counts once, and its real tokens alone, whatever
+stands around the model. The learning rate is 0, so that NALoRA's state can be computed apart."""
 import pytest
 import torch
 

@@ -51,17 +51,22 @@ def grpo(arguments, common):
     return trl.GRPOTrainer(args=trl.GRPOConfig(**arguments), reward_funcs=reward,
                            train_dataset=Dataset.from_dict({"prompt": texts(8)}), **common)
 
-@pytest.mark.parametrize("kind", ["padding", "packing", "padding_free", "DPO", "DPO, PEFT", "GRPO"])
-def test_interop_trl_with_the_callback_alone(tmp_path, kind, recwarn, monkeypatch):
+KINDS = ["padding", "packing", "padding_free", "DPO", "DPO, PEFT", "GRPO"]
+
+@pytest.mark.parametrize("reentrant", [None, True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_interop_trl_with_the_callback_alone(tmp_path, kind, reentrant, recwarn,
+                                             monkeypatch):
     arguments = {"output_dir": str(tmp_path), "max_steps": 1, "per_device_train_batch_size": 4,
                  "report_to": [], "use_cpu": True, "bf16": False, "learning_rate": 1e-2,
-                 "gradient_checkpointing": False}
+                 "gradient_checkpointing": reentrant is not None,
+                 "gradient_checkpointing_kwargs": {"use_reentrant": bool(reentrant)}}
     callback = NALoRACallback(NALoRAConfig(keep=0.25, stride=1))
     common = {"model": family("Llama"), "processing_class": word_tokenizer(),
               "peft_config": LoraConfig(r=4, target_modules="all-linear"), "callbacks": [callback]}
     if "PEFT" in kind:  # then TRL adds a reference adapter, which runs without gradients
         common["model"] = get_peft_model(common["model"], common.pop("peft_config"))
-    if kind == "GRPO":
+    if kind == "GRPO":  # it generates in train mode, without gradients
         trainer = grpo(arguments, common)
     else:
         trainer = dpo(arguments, common) if "DPO" in kind else sft(kind, arguments, common)
