@@ -1,10 +1,12 @@
 """NALoRA on any model, with any optimizers, on several ranks: the method of nalora.NALoRA, whose
 FFNs are observed, decided and blended together, and a guard."""
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import torch
 import torch.nn as nn
+from torch.optim import Optimizer
 
 import nalora
 from nalora import GateSums, NALoRAConfig, State, widen
@@ -24,8 +26,9 @@ class NALoRA(nalora.NALoRA):
     `token_mask` (batch, seq), nonzero for real tokens (of an encoder-decoder: the encoder's),
     before each pass. Make it once the model is wrapped (DDP, FSDP2) and before the first compiled
     call. ValueError if no gate carries LoRA, or an optimizer lacks it or averages."""
-    def __init__(self, model: nn.Module, optimizer, config: NALoRAConfig = None, gate=GATES,
-                 act=None):
+    def __init__(self, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer],
+                 config: NALoRAConfig | None = None, gate: str | Sequence[str] = GATES,
+                 act: Callable | str | None = None) -> None:
         check_arguments(model, optimizer, config)
         self.config = config or NALoRAConfig()
         self.token_mask = None
@@ -232,7 +235,7 @@ class NALoRA(nalora.NALoRA):
         return factor
 
     # -- what it knows -------------------------------------------------------------------------
-    def load_state_dict(self, saved):
+    def load_state_dict(self, saved: dict) -> None:
         """Goes on from a `state_dict`. ValueError if it is of another configuration or model."""
         here = asdict(self.config)
         for name, value in saved["config"].items():
@@ -254,7 +257,7 @@ class NALoRA(nalora.NALoRA):
         self.passes = 0
         self.begins = False
 
-    def summary(self):
+    def summary(self) -> None:
         """Prints a table of the FFNs after the last step."""
         width = max(len(ffn.name) for ffn in self.ffns)
         print(f"{'':{width}}  channels  moving  k_hat  z > 0  scale   after {self.steps} steps")
