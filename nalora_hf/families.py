@@ -85,13 +85,15 @@ class FFN:
             self.forget_masks()
         self.masks.append(mask)
 
-    def mask_of_recomputed(self, mask):
+    def mask_of_recomputed(self, mask, z):
         """The mask of a pass that runs within backward, by those of passes without gradients: a
         checkpoint computes again the one pass that was, others set their masks anew."""
         self.again = True
-        if all(other is self.masks[0] for other in self.masks):
-            return self.masks[0] if self.masks else mask
-        self.masks_set |= mask is not self.masks[-1]
+        tokens = z.numel() // z.size(-1)
+        masks = [other for other in self.masks if other is None or other.numel() == tokens]
+        if all(other is masks[0] for other in masks):
+            return masks[0] if masks else mask
+        self.masks_set |= mask is not masks[-1]
         if not self.masks_set:
             warnings.warn("Several passes with their token masks came before one backward, under "
                           "reentrant checkpointing, which tells them not apart: use_reentrant="

@@ -1,10 +1,12 @@
 """NALoRA on any model, with any optimizers, on several ranks: the method of nalora.NALoRA, whose
 FFNs are observed, decided and blended together, and a guard."""
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import torch
 import torch.nn as nn
+from torch.optim import Optimizer
 
 import nalora
 from nalora import GateSums, NALoRAConfig, State, widen
@@ -25,8 +27,9 @@ class NALoRA(nalora.NALoRA):
     `token_mask` (batch, seq), nonzero for real tokens (of an encoder-decoder: the encoder's),
     before each pass. Make it once the model is wrapped (DDP, FSDP2) and before the first compiled
     call. ValueError if no gate carries LoRA, or an optimizer lacks it or averages."""
-    def __init__(self, model: nn.Module, optimizer, config: NALoRAConfig = None, gate=GATES,
-                 act=None):
+    def __init__(self, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer],
+                 config: NALoRAConfig | None = None, gate: str | Sequence[str] = GATES,
+                 act: Callable | str | None = None) -> None:
         check_arguments(model, optimizer, config)
         self.config = config or NALoRAConfig()
         self.token_mask = None
@@ -91,7 +94,7 @@ class NALoRA(nalora.NALoRA):
                 ffn.note_mask(mask)
             ffn.counted |= trains
         elif trains and not ffn.counted:
-            mask = ffn.mask_of_recomputed(mask)
+            mask = ffn.mask_of_recomputed(mask, z)
         if not trains or in_backward and ffn.counted:
             return
         self.seen = True
@@ -240,7 +243,7 @@ class NALoRA(nalora.NALoRA):
         return factor
 
     # -- what it knows -------------------------------------------------------------------------
-    def load_state_dict(self, saved):
+    def load_state_dict(self, saved: dict) -> None:
         """Goes on from a `state_dict`. ValueError if it is of another configuration or model."""
         here = asdict(self.config)
         for name, value in saved["config"].items():
@@ -263,7 +266,7 @@ class NALoRA(nalora.NALoRA):
         self.passes = 0
         self.begins = False
 
-    def summary(self):
+    def summary(self) -> None:
         """Prints a table of the FFNs after the last step."""
         width = max(len(ffn.name) for ffn in self.ffns)
         print(f"{'':{width}}  channels  moving  k_hat  z > 0  scale   after {self.steps} steps")
@@ -279,6 +282,9 @@ def check_arguments(model, optimizer, config):
         raise ValueError("NALoRA(model, optimizer): the two were given the other way round.")
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is a {type(model).__name__}, but has to be a torch.nn.Module.")
+    check_config(config)
+
+def check_config(config):
     if config is not None and type(config).__name__ != "NALoRAConfig":
         raise ValueError(f"config is a {type(config).__name__}, but has to be a NALoRAConfig, such "
                          "as NALoRAConfig(keep=0.25).")

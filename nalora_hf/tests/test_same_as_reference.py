@@ -1,5 +1,5 @@
-"""This package beside nalora.py: both choose the same masks. And nalora.py alone on models of
-transformers with PEFT."""
+"""This package beside nalora.py: both choose the same masks at every step and end alike. And
+nalora.py alone on models of transformers with PEFT."""
 import re
 from pathlib import Path
 
@@ -8,33 +8,84 @@ import torch
 
 import nalora
 import nalora_hf
-from nalora_hf.tests.helpers import FFN, TINY, batch, lora_llama, small_llama
+from nalora_hf.tests.helpers import (FFN, TINY, batch, checkpointed, equal, lora_llama, small_llama,
+                                     state_of)
 
 ROOT = Path(__file__).resolve().parents[2]
 
-@pytest.mark.parametrize("microbatches", [1, 3])
-def test_both_choose_the_same_masks_and_end_alike(microbatches):
-    ends = []
-    for package in (nalora, nalora_hf):
-        model = lora_llama()
-        optimizer = torch.optim.AdamW(nalora.lora_parameters(model), lr=1e-2, weight_decay=0.1)
-        steered = package.NALoRA(model, optimizer, nalora.NALoRAConfig(stride=3))
-        masks = []
-        for step in range(8):
-            for i in range(microbatches):
-                steered.token_mask = torch.rand(4, 15, generator=torch.manual_seed(i)) < 0.8
-                model(*batch(10 * step + i))[1].backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            masks += [s["mask"] for s in steered.statistics().values()]
-        ends.append((torch.stack(masks), nalora.lora_parameters(model), steered.statistics()))
-    (masks, parameters, states), (their_masks, theirs, their_states) = ends
-    assert torch.equal(masks, their_masks) and masks.float().mean() == 0.5
-    for ours, other in zip(parameters, theirs, strict=True):
-        torch.testing.assert_close(ours, other, atol=1e-6, rtol=1e-5)
-    assert states.keys() == their_states.keys()
-    for name, state in states.items():
-        assert state["k_hat"] == pytest.approx(their_states[name]["k_hat"], abs=1e-6) != 1
+PACKAGES = (nalora, nalora_hf)
+CASES = {"plain": {}, "a quarter": {"keep": 0.25}, "all rows": {"keep": 1.0},
+         "masked": {"masked": True}, "three microbatches": {"microbatches": 3},
+         "no scale": {"scale": "none"}, "no mask": {"mask": "none"},
+         "reentrant": {"reentrant": True}, "not reentrant": {"reentrant": False},
+         "every token": {"stride": 1},
+         "all of it": {"keep": 0.25, "masked": True, "microbatches": 3, "reentrant": False},
+         "all of it, reentrant": {"keep": 0.25, "masked": True, "microbatches": 3,
+                                  "reentrant": True}}
+
+class Run:
+    """A Llama that one of the two packages steers."""
+    def __init__(self, package, microbatches=1, masked=False, reentrant=None, **settings):
+        self.model = lora_llama()
+        if reentrant is not None:
+            checkpointed(self.model, reentrant)
+        parameters = nalora.lora_parameters(self.model)
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
+        config = nalora.NALoRAConfig(**{"stride": 3, **settings})
+        self.nalora = package.NALoRA(self.model, self.optimizer, config)
+        self.microbatches = microbatches
+        self.masked = masked
+        self.masks = []  # (FFNs, F) after each step
+        self.said = []  # (FFNs, 3) k_hat, occupancy, scale
+
+    def train(self, steps):
+        for step in steps:
+            for i in range(10 * step, 10 * step + self.microbatches):
+                if self.masked:
+                    generator = torch.Generator().manual_seed(i)
+                    self.nalora.token_mask = torch.rand(4, 15, generator=generator) < 0.8
+                self.model(*batch(i))[1].backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            states = self.nalora.statistics().values()
+            self.masks.append(torch.stack([s["mask"] for s in states]))
+            self.said.append([s[key] for s in states for key in ("k_hat", "occupancy", "scale")])
+        return self
+
+def assert_alike(a, b):
+    """Two runs chose the same masks at every step and end alike."""
+    assert torch.equal(torch.stack(a.masks), torch.stack(b.masks))
+    torch.testing.assert_close(torch.tensor(a.said), torch.tensor(b.said), atol=1e-6, rtol=1e-5)
+    for p, q in zip(nalora.lora_parameters(a.model), nalora.lora_parameters(b.model), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5)
+    for key, t in state_of(a.nalora).items():
+        torch.testing.assert_close(t, state_of(b.nalora)[key], atol=1e-6, rtol=1e-5)
+    assert a.nalora.steps == b.nalora.steps
+    assert a.nalora.state_dict()["config"] == b.nalora.state_dict()["config"]
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_choose_the_same_masks_and_end_alike(case):
+    ours, theirs = (Run(package, **CASES[case]).train(range(8)) for package in PACKAGES)
+    assert_alike(ours, theirs)
+    keep = 1.0 if case == "no mask" else CASES[case].get("keep", 0.5)
+    assert torch.stack(ours.masks).float().mean() == keep
+    changed = torch.stack(ours.masks).float().diff(dim=0).abs().sum()
+    assert (changed > 0) == (keep < 1)
+    assert (torch.tensor(ours.said)[:, 2::3] == 1).all() == (case == "no scale")
+
+@pytest.mark.parametrize("first, second", [PACKAGES, PACKAGES[::-1]],
+                         ids=["to the package", "to the reference"])
+def test_each_goes_on_from_the_others_state(first, second):
+    whole = Run(second, keep=0.25).train(range(8))
+    begun = Run(first, keep=0.25).train(range(4))
+    rest = Run(second, keep=0.25)
+    rest.model.load_state_dict(begun.model.state_dict())
+    rest.optimizer.load_state_dict(begun.optimizer.state_dict())
+    rest.nalora.load_state_dict(begun.nalora.state_dict())
+    assert equal(state_of(rest.nalora), state_of(begun.nalora)) and rest.nalora.steps == 4
+    rest.masks += begun.masks
+    rest.said += begun.said
+    assert_alike(rest.train(range(4, 8)), whole)
 
 def test_readmes_own_loop_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
