@@ -1,5 +1,5 @@
-"""What a user finds before any training: names, hints, help, versions, sentences for wrong arguments,
-a table of FFNs, and an installation that leaves nothing behind."""
+"""What a user finds before any training: names, hints, help, versions, sentences for wrong
+arguments, a table of FFNs, and an installation that leaves nothing behind."""
 import inspect
 import pydoc
 import re
