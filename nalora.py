@@ -45,9 +45,9 @@ In numbers: first step, SiLU, one token, two channels, z = (1, -2):
     every other A and B take 0.931 of the optimizer's step; row 1 stays bit for bit.
 A run of train_tiny.py: k_hat 1.01 to 1.08; in 50 steps 3 to 13 % of an FFN's mask change.
 
-WHY the responsive channels? The gradient of row c of B_gate carries phi'(z_c), so plain SGD hardly
-moves a channel that does not respond. Adam normalises that away; the mask brings it back. All
-channels share A_gate, so it has no mask. I is an average over steps, or the mask would flicker.
+WHY the responsive channels? The gradient of row c of B_gate carries phi'(z_c), so SGD hardly
+moves channels that do not respond. Adam normalises that away; the mask is to bring it back.
+All channels share A_gate, so it has no mask. I is an average over steps, or the mask would flicker.
 Why the step, not the gradient or the forward pass? Momentum and weight decay move a row whose
 gradient is zero; putting it back is exact. Adam's moments see every gradient, so a row that is
 released moves at once by its built-up momentum. A mask in the forward pass would change the model.

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.patches import Rectangle
 
 import nalora
 import train_tiny
@@ -59,16 +60,28 @@ def test_the_figure_of_activations(monkeypatch):
     texts = {text.get_text().split(":")[0]: text.get_position() for text in kappa.texts}
     assert texts["κ > 1"][0] > 0 and texts["κ > 1"][1] > 1
     assert texts["κ < 1"][0] < 0 and texts["κ < 1"][1] < 1
+    driven = {ax.get_title().split()[0]: text.get_text() for ax in axes for text in ax.texts
+              if text.get_text().startswith("drives")}
+    assert driven == {"slope": "drives the mask", "homogeneity": "drives the scale"}
 
 def test_the_board_figure_shows_rows_that_move_and_rows_that_do_not(monkeypatch):
     (ax,) = figure_of(monkeypatch, board.draw_board).axes
-    rows = [patch for patch in ax.patches if patch.get_height() < 0.3]
+    boxes = [patch for patch in ax.patches if isinstance(patch, Rectangle)]
+    rows = [patch for patch in boxes if patch.get_height() == 0.3]
     colours = [patch.get_facecolor() for patch in rows]
+    hatched = [bool(patch.get_hatch()) for patch in rows]
     assert len(rows) == 24 and len(set(colours[:8])) == 2 and len(set(colours[8:])) == 1
-    assert colours[8] in colours[:8]
-    said = " ".join(text.get_text() for text in ax.texts)
-    for word in ("W_{gate}", "W_{up}", "W_{down}", "φ'(z)", "1/k̂", "optimizer.step()"):
-        assert word in said
+    assert colours[8] in colours[:8] and not any(hatched[8:])
+    assert hatched == [colour != colours[8] for colour in colours]
+    frozen = [patch.get_facecolor() for patch in boxes if patch.get_height() == 2.4]
+    assert len(frozen) == 3 and len({*frozen, *colours}) == 3       # one meaning for each colour
+    texts = [(text.get_text(), *text.get_position()) for text in ax.texts]
+    A, B = ([x for text, x, _ in texts if text == name] for name in "AB")
+    assert len(A) == len(B) == 3 and all(b < a for a, b in zip(A, B))   # W + B A
+    said = [text for text, *_ in texts]
+    assert [said.count(n) for n in "123"] == [2, 2, 4]              # in the picture and under it
+    for word in ("W_{gate}", "W_{up}", "W_{down}", "φ'(z)", "1/k̂", "after every step"):
+        assert word in " ".join(said)
 
 def test_the_figure_of_differences(monkeypatch):
     toy = committed("toy")
@@ -214,6 +227,58 @@ def test_the_intervals_of_the_readme_stand_in_tables():
                  if re.search(rf"results/{name}(?![\w-])", section)] or everything.values()
         for interval in re.findall(r"[+-]\d\.\d+ \[[^]]*\d\]", section):
             assert any(interval in text for text in named), (interval, section.splitlines()[0])
+
+FIRST_PAGE = (HERE.parent / "README.md").read_text(encoding="utf-8")
+
+def difference(comparison, ours, theirs):
+    """Of validation loss: (mean, low, high, how many seeds agree)."""
+    pair = [paired.by_seed(comparison, label, "val_loss") for label in (ours, theirs)]
+    return paired.paired_difference(*pair)
+
+def test_the_losses_of_the_first_page_are_those_of_the_results():
+    toy = committed("toy")
+    real = committed("real")
+    for words, label in (("full fine-tuning", "full"), ("LoRA", "lora"), ("NA-LoRA", "nalora"),
+                         ("NA-LoRA, mask on other rows", "nalora-shuffled"),
+                         ("fixed random half of the rows, no scale", "random-mask")):
+        losses = [list(paired.by_seed(c, label, "val_loss").values()) for c in (toy, real)]
+        cells = [f"{np.mean(x):.4f} ± {np.std(x, ddof=1):.4f}" for x in losses]
+        assert f"| {words} | {cells[0]} | {cells[1]} |" in FIRST_PAGE
+    assert all(c["variants"]["lora"]["lr"] == c["variants"]["nalora"]["lr"] for c in (toy, real))
+    told = [difference(toy, "nalora", "lora"), difference(real, "nalora", "lora"),
+            difference(toy, "nalora-mask", "random-mask")]
+    said = ["{:+.4f} [{:+.4f}, {:+.4f}]".format(*d) for d in told]
+    assert re.findall(r"[+-]\d\.\d+ \[[^]]*\d\]", FIRST_PAGE) == said
+    for name, percent in (("bench", 4), ("bench-real", 2)):
+        table = (RESULTS / name / "bench.md").read_text(encoding="utf-8")
+        ratio = re.search(r"\| nalora \| \S+ \(.*?\) \| (\S+) ", table)[1]
+        assert float(ratio) == 1 + percent / 100 and f"{percent} %" in FIRST_PAGE
+
+def test_the_first_page_counts_all_comparisons_of_nalora_and_lora():
+    found = {}
+    for path in RESULTS.glob("*/comparison.json"):
+        comparison = committed(path.parent.name)
+        steps = comparison["configuration"]["steps"]
+        for ours in comparison["variants"]:
+            theirs = "lora" + ours.removeprefix("nalora")
+            if re.match("nalora(:|$)", ours) and theirs in comparison["variants"]:
+                found[difference(comparison, ours, theirs)] = steps     # score has toy's runs
+    lower = {d: steps for d, steps in found.items() if d[2] < 0}
+    assert len(found) == 10 and not any(low > 0 for _, low, *_ in found) and len(lower) == 3
+    assert set(lower.values()) == {200} and {round(d[0], 3) for d in lower} == {-0.002, -0.003}
+    assert ("Of ten such comparisons over all settings, three favour NA-LoRA, by 0.002 to 0.003, "
+            "each at 200 steps") in FIRST_PAGE
+
+@pytest.mark.parametrize("name", ["keep-adamw", "keep-sgd"])
+def test_with_gates_alone_the_masks_are_as_the_first_page_says(name):
+    comparison = committed(name)
+    for share in ("0.05", "0.1", "0.25", "0.5"):
+        ours = f"nalora-mask:keep={share}"
+        few = share == "0.05" or (name, share) == ("keep-adamw", "0.1")
+        assert (difference(comparison, ours, f"random-mask:keep={share}")[2] < 0) == few
+        assert difference(comparison, ours, f"redrawn-mask:keep={share}")[1] > 0
+    assert not any(difference(comparison, label, "lora")[2] < 0
+                   for label in comparison["variants"] if "keep=" in label)
 
 def test_what_is_no_comparison_is_refused(tmp_path, capsys):
     (tmp_path / "x").mkdir()

@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 import nalora
 from nalora import GateSums, NALoRAConfig, State, widen
 from nalora_hf.families import GATES, find_ffns
-from nalora_hf.guard import (Guard, find_process_groups, is_nested, parameters_by_optimizer,
-                             this_rank, usable_optimizers)
+from nalora_hf.guard import (Guard, Kept, find_process_groups, is_nested, kinds_of,
+                             parameters_by_optimizer, this_rank, usable_optimizers)
+from nalora_hf.modules import is_ours
 from nalora_hf.watch import Group, Hook, drop_idle_hooks
 
 SAMPLES = 64 * 2**20  # bytes of gates that are held at most until they are observed
@@ -47,7 +48,9 @@ class NALoRA(nalora.NALoRA):
         self.passes = 0  # of the first FFN, since then
         self.dry = 0  # steps in a row before which none was
         self.fitted = True  # whether the token mask was of use since then
-        self.before = {}  # {optimizer: [each parameter before its last step; then, after it]}
+        with torch.no_grad():
+            self.kept = {o: Kept([self.value(p) for p, _ in self.steered[o]])
+                         for o in self.optimizers}  # their parameters around the last step
         self.stepping = False
         self.begins = True  # no step was taken yet
         self.guard = Guard(self.ffns[0].B_gate.device)
@@ -65,7 +68,7 @@ class NALoRA(nalora.NALoRA):
 
     def attach(self, ffn):
         for hook in [*ffn.act._forward_pre_hooks.values(), *ffn.act._forward_hooks.values()]:
-            old = getattr(hook, "nalora", None) if isinstance(hook, nalora.Hook) else None
+            old = hook.nalora if is_ours(hook, "Hook") else None
             if old is not None and any(ffn.B_gate is other.B_gate for other in old.ffns):
                 old.remove()  # such as when a notebook's cell runs again
         drop_idle_hooks(ffn.act)
@@ -88,7 +91,7 @@ class NALoRA(nalora.NALoRA):
         in_backward = torch._C._current_graph_task_id() != -1
         if not in_backward:
             if not trains:
-                ffn.masks.append(mask)
+                ffn.note_mask(mask)
             ffn.counted |= trains
         elif trains and not ffn.counted:
             mask = ffn.mask_of_recomputed(mask, z)
@@ -96,8 +99,8 @@ class NALoRA(nalora.NALoRA):
             return
         self.seen = True
         self.passes += ffn is self.ffns[0]
-        if ffn is self.ffns[0] and (not self.before or self.passes.bit_count() == 1 < self.passes):
-            self.compare(() if self.stepping else self.optimizers)
+        if ffn is self.ffns[0] and self.passes.bit_count() == 1 and not self.stepping:
+            self.compare([o for o in self.optimizers if self.passes > 1 or not self.kept[o].noted])
         if ffn.check_rows and ffn.act is not ffn.gate:
             ffn.find_rows(z)
         if z.size(-1) != ffn.width:
@@ -141,12 +144,16 @@ class NALoRA(nalora.NALoRA):
     def compare(self, optimizers):
         """Are their parameters as they were after their last step, or at the first pass?"""
         for optimizer in optimizers:
-            now = [widen(self.value(p)) for p, _ in self.steered[optimizer]]
-            before = self.before.get(optimizer, [])
-            if [(t.dtype, t.device) for t in before] == [(t.dtype, t.device) for t in now]:
-                self.guard.compare(before, now)
+            values = [self.value(p) for p, _ in self.steered[optimizer]]
+            if self.kept[optimizer].kinds != kinds_of(values):
+                self.kept[optimizer] = Kept(values)  # the model was cast, or moved
+            kept = self.kept[optimizer]
+            kept.found.take(values)
+            if kept.noted:
+                self.guard.compare(kept)
             else:
-                self.before[optimizer] = [t.clone() for t in now]
+                kept.left.take(values)
+                kept.noted = True
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -155,13 +162,11 @@ class NALoRA(nalora.NALoRA):
             return
         self.compare([optimizer])
         self.stepping = True
-        values = [self.value(p) for p, _ in self.steered[optimizer]]
         if self.begins and self.steps == 0 and any(
                 optimizer.state.get(p) for p, _ in self.steered[optimizer]):
             warnings.warn("The optimizer goes on with a run, but NALoRA begins anew: give "
                           "load_state_dict what state_dict gave then.")
         self.begins = False
-        torch._foreach_copy_(self.before[optimizer], values)
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -180,12 +185,15 @@ class NALoRA(nalora.NALoRA):
         self.factors = {group: (self.row_factor(group).unbind(), group.state.scale.unbind())
                         for group in self.groups}
         values = [self.value(p) for p, _ in self.steered[optimizer]]
-        before = self.before[optimizer]
+        kept = self.kept[optimizer]
+        before = kept.found.tensors
         factors = [self.factor(ffn, p).to(t)
                    for (p, ffn), t in zip(self.steered[optimizer], before)]
         torch._foreach_lerp_(before, [widen(value) for value in values], factors)  # nalora.blend
         torch._foreach_copy_(values, before)
-        torch._foreach_copy_(before, values)  # as they are rounded: the guard compares
+        if kept.rounded:
+            kept.found.take(values)
+        kept.left, kept.found = kept.found, kept.left
 
     def end_step(self):
         """Decides by what was seen."""
@@ -221,7 +229,7 @@ class NALoRA(nalora.NALoRA):
         """What the step of p is multiplied by: (rows, 1) for a B of the gate, else 0-dim."""
         rows, scales = self.factors[ffn.group]
         factor = scales[ffn.index]
-        if not any(p is B for B in ffn.B_gates):
+        if p is not ffn.B_gate and not any(p is B for B in ffn.B_gates):
             return factor
         if ffn.fused:  # rows that make no gate take the scale alone
             factor = factor.repeat(len(p), 1)
@@ -252,7 +260,8 @@ class NALoRA(nalora.NALoRA):
             group.state = State(*(torch.stack([state[key] for state in found]).to(t)
                                   for key, t in group.state._asdict().items()))
             group.forget()
-        self.before.clear()
+        for kept in self.kept.values():
+            kept.noted = False
         self.seen = False
         self.passes = 0
         self.begins = False

@@ -4,7 +4,6 @@ import io
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -12,9 +11,9 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from nalora import NALoRAConfig
-from nalora_hf.adapters import write_files
+from nalora_hf.adapters import method_record
 from nalora_hf.families import GATES
-from nalora_hf.modules import VERSION
+from nalora_hf.files import write_files
 from nalora_hf.steer import NALoRA, check_config
 from nalora_hf.watch import Hook
 
@@ -82,11 +81,8 @@ class NALoRACallback(TrainerCallback):
         if state.is_world_process_zero and folder.is_dir():  # it may be one too many already
             content = io.BytesIO()
             torch.save(self.nalora.state_dict(), content)
-            write_files(folder, {"nalora.pt": content.getvalue(), "nalora.json": self.record()})
-
-    def record(self):
-        """What tells LoRA and NA-LoRA apart in a folder."""
-        return {"method": "nalora", "config": asdict(self.nalora.config), "version": VERSION}
+            write_files(folder, {"nalora.pt": content.getvalue(),
+                                 "nalora.json": method_record(self.nalora)})
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.nalora is None or not self.nalora.steps or logs is None:
@@ -117,7 +113,7 @@ class NALoRACallback(TrainerCallback):
         if self.nalora is not None:
             self.nalora.remove()
             if state.is_world_process_zero and Path(args.output_dir).is_dir():
-                write_files(args.output_dir, {"nalora.json": self.record()})
+                write_files(args.output_dir, {"nalora.json": method_record(self.nalora)})
 
     def come_before_reports(self):
         """To the front of the trainer's callbacks: it calls those that report before a user's, and

@@ -157,11 +157,32 @@ def test_interop_the_committed_base_is_that_of_transformers():
     ours = nalora.Llama.from_pretrained(ROOT / "data" / "base").eval()
     torch.testing.assert_close(ours(tokens)[0], theirs(tokens).logits, atol=1e-4, rtol=1e-5)
 
-def test_interop_readmes_peft_loop_runs(tmp_path, monkeypatch):
-    pytest.importorskip("peft")
-    snippet = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
-    monkeypatch.chdir(tmp_path)
-    names = {}
+@pytest.mark.parametrize("number", [1, 2])
+def test_interop_readmes_lines_for_peft_and_trainer_run(tmp_path, number):
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    made = []
+
+    def make_callback():
+        made.append(nalora_hf.NALoRACallback())
+        return made[0]
+
+    snippet = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[number]
+    assert snippet.count("\n") == 3
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(60, (8, 12))]
+    names = {"torch": torch, "data": rows, "NALoRA": nalora.NALoRA,
+             "NALoRACallback": make_callback, "Trainer": transformers.Trainer,
+             "get_peft_model": peft.get_peft_model, "LoraConfig": peft.LoraConfig}
+    names["model"] = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY)).eval()
+    names["arguments"] = transformers.TrainingArguments(str(tmp_path), max_steps=2, use_cpu=True,
+                                                        save_strategy="no", report_to=[])
     exec(snippet, names)
-    assert [ffn.state.mask.sum() for ffn in names["nalora"].ffns] == [64] * 2
-    assert (tmp_path / "runs" / "peft" / "adapter_model.safetensors").exists()
+    if number == 1:
+        names["model"](**{key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+                       ).loss.backward()
+        names["optimizer"].step()
+        states = [ffn.state._asdict() for ffn in names["nalora"].ffns]
+    else:
+        states = list(made[0].nalora.statistics().values())
+    assert len(states) == TINY["num_hidden_layers"]
+    assert all(state["mask"].float().mean() == 0.5 for state in states)
