@@ -17,7 +17,7 @@ from nalora_hf.lora import (base_linears, has_lora, is_plain, lora_layers, lora_
 from nalora_hf.modules import VERSION, is_ours, match_names, shapes, unwrapped_modules
 
 def save_adapter(model: nn.Module, directory: str | Path, base_model: str | Path | None = None,
-                 settings=None, nalora=None) -> None:
+                 settings: object = None, nalora: nalora.NALoRA | None = None) -> None:
     """Writes adapter_model.safetensors and adapter_config.json as PEFT does, and nalora.json (how
     it was trained, and norms of the base). base_model: name or path of the base, for PEFT;
     settings: any JSON value, for the record; nalora: the NALoRA that steered, if one did.

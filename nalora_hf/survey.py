@@ -137,10 +137,12 @@ def steer(fresh, keywords):
     loss_of(model).backward()
     optimizer.step()
     after = dict(zip(map(id, model.parameters()), plain.parameters()))
-    if not given:
+    called = [ffn for ffn in nalora.ffns if ffn in received or ffn.state.k_hat.isfinite()
+              or ffn in given and not isinstance(ffn.phi, torch.nn.Module)]
+    if not called:  # a module that was not called is that of a fast path
         raise ValueError("no FFN that could be steered was called")
-    for ffn in given:
-        z = torch.cat(received.get(ffn, given[ffn]))
+    for ffn in called:
+        z = torch.cat(received.get(ffn) or given[ffn])
         importance = value_and_slope(ffn.phi, z)[1].abs().mean(0)
         if not torch.allclose(importance * 0.1, ffn.state.importance, rtol=1e-4, atol=1e-6):
             return "importance is not that of the activation's input", nalora.ffns

@@ -204,6 +204,31 @@ def test_flattened_parameters_are_refused():
     with pytest.raises(ValueError, match="use FSDP2's fully_shard"):
         NALoRA(model, opt)
 
+def test_lora_without_data_is_refused():
+    model = lora_llama()
+    opt = torch.optim.AdamW(lora_parameters(model))
+    model.model.layers[1].mlp.up_proj.to("meta")  # as an offloaded layer stands there
+    with pytest.raises(ValueError, match="The LoRA of model.layers.1.mlp stands on the meta"):
+        NALoRA(model, opt)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+class Averaging:
+    """An optimizer that is none of torch's."""
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        self.param_groups = optimizer.param_groups
+
+    def step(self):
+        self.optimizer.step()
+
+def test_what_is_no_optimizer_of_torch_is_refused():
+    model = lora_llama()
+    opt = torch.optim.AdamW(lora_parameters(model))
+    with pytest.raises(ValueError, match=r"NALoRA hooks the step\(\) of a torch.optim.Optimizer, "
+                                         "which Averaging is not"):
+        NALoRA(model, Averaging(opt))
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
 def test_a_fused_layer_may_see_no_token_at_first():
     model = other_model("gate last")
     opt = torch.optim.SGD(lora_parameters(model), lr=0.1)
