@@ -26,6 +26,8 @@ CONTROLS = {"nalora": ["nalora-shuffled", "random-mask", "random-uniform"],
             "nalora-neutral": ["nalora"],
             "nalora-mask": ["shuffled-mask", "random-mask", "redrawn-mask", "inverted-mask"],
             "redrawn-mask": ["shuffled-mask", "random-mask"],
+            "turns-mask": ["redrawn-mask"],
+            "credit-mask": ["turns-mask", "nalora-mask"],
             "nalora-scale": ["uniform-scale"],
             **{peer: ["nalora"] for peer in PEERS},
             **{f"nalora-{peer}": [peer] for peer in PEERS}}
