@@ -33,7 +33,7 @@ class FFN:
         self.parameters = [p for layer in layers for pair in lora_pairs(layer) for p in pair]
         self.B_gates = [B for _, B in lora_pairs(gate)]  # of several active adapters, several
         self.B_gate = self.B_gates[0]  # (rows, rank)
-        self.adapters = active_adapters(gate)[:1]  # of PEFT's, the one that is steered
+        self.adapter = next(iter(active_adapters(gate)), None)  # PEFT's name of B_gate's
         self.width = gate_width(module, gate)  # F
         self.fused = len(self.B_gate) > self.width  # then B's other rows make up
         self.rows = None if self.fused else torch.arange(self.width, device=self.B_gate.device)
@@ -61,8 +61,9 @@ class FFN:
     def is_active(self):
         """Whether the adapter that is steered computes. Asked by name: within a pass, FSDP2 has
         other parameters in their place."""
-        return (not getattr(self.gate, "disable_adapters", False)
-                and {*self.adapters} <= {*active_adapters(self.gate)})
+        if self.adapter is None:
+            return True
+        return self.adapter in self.gate.active_adapters and not self.gate.disable_adapters
 
     def kind(self):
         """Equal for FFNs that one call may observe."""
@@ -84,13 +85,15 @@ class FFN:
             self.forget_masks()
         self.masks.append(mask)
 
-    def mask_of_recomputed(self, mask):
+    def mask_of_recomputed(self, mask, z):
         """The mask of a pass that runs within backward, by those of passes without gradients: a
         checkpoint computes again the one pass that was, others set their masks anew."""
         self.again = True
-        if all(other is self.masks[0] for other in self.masks):
-            return self.masks[0] if self.masks else mask
-        self.masks_set |= mask is not self.masks[-1]
+        tokens = z.numel() // z.size(-1)
+        masks = [other for other in self.masks if other is None or other.numel() == tokens]
+        if all(other is masks[0] for other in masks):
+            return masks[0] if masks else mask
+        self.masks_set |= mask is not masks[-1]
         if not self.masks_set:
             warnings.warn("Several passes with their token masks came before one backward, under "
                           "reentrant checkpointing, which tells them not apart: use_reentrant="

@@ -1,16 +1,19 @@
 """NALoRA on any model, with any optimizers, on several ranks: the method of nalora.NALoRA, whose
 FFNs are observed, decided and blended together, and a guard."""
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import torch
 import torch.nn as nn
+from torch.optim import Optimizer
 
 import nalora
 from nalora import GateSums, NALoRAConfig, State, widen
 from nalora_hf.families import GATES, find_ffns
-from nalora_hf.guard import (Guard, find_process_groups, has_stepped, is_nested,
+from nalora_hf.guard import (Guard, Kept, find_process_groups, has_stepped, is_nested, kinds_of,
                              parameters_by_optimizer, this_rank, usable_optimizers)
+from nalora_hf.modules import is_ours
 from nalora_hf.watch import Group, Hook, drop_idle_hooks
 
 SAMPLES = 64 * 2**20  # bytes of gates that are held at most until they are observed
@@ -24,8 +27,9 @@ class NALoRA(nalora.NALoRA):
     `token_mask` (batch, seq), nonzero for real tokens (of an encoder-decoder: the encoder's),
     before each pass. Make it once the model is wrapped (DDP, FSDP2) and before the first compiled
     call. ValueError if no gate carries LoRA, or an optimizer lacks it or averages."""
-    def __init__(self, model: nn.Module, optimizer, config: NALoRAConfig = None, gate=GATES,
-                 act=None):
+    def __init__(self, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer],
+                 config: NALoRAConfig | None = None, gate: str | Sequence[str] = GATES,
+                 act: Callable | str | None = None) -> None:
         check_arguments(model, optimizer, config)
         self.config = config or NALoRAConfig()
         self.token_mask = None
@@ -44,8 +48,9 @@ class NALoRA(nalora.NALoRA):
         self.passes = 0  # of the first FFN, since then
         self.dry = 0  # steps in a row before which none was
         self.fitted = True  # whether the token mask was of use since then
-        self.before = {}  # {optimizer: [each parameter before its last step; then, after it]}
-        self.forms = {}  # {optimizer: [their dtypes and devices then]}
+        with torch.no_grad():
+            self.kept = {o: Kept([self.value(p) for p, _ in self.steered[o]])
+                         for o in self.optimizers}  # their parameters around the last step
         self.stepping = False
         self.begins = True  # no step was taken yet
         self.guard = Guard(self.ffns[0].B_gate.device)
@@ -63,7 +68,7 @@ class NALoRA(nalora.NALoRA):
 
     def attach(self, ffn):
         for hook in [*ffn.act._forward_pre_hooks.values(), *ffn.act._forward_hooks.values()]:
-            old = getattr(hook, "nalora", None) if isinstance(hook, nalora.Hook) else None
+            old = hook.nalora if is_ours(hook, "Hook") else None
             if old is not None and any(ffn.B_gate is other.B_gate for other in old.ffns):
                 old.remove()  # such as when a notebook's cell runs again
         drop_idle_hooks(ffn.act)
@@ -89,13 +94,13 @@ class NALoRA(nalora.NALoRA):
                 ffn.note_mask(mask)
             ffn.counted |= trains
         elif trains and not ffn.counted:
-            mask = ffn.mask_of_recomputed(mask)
+            mask = ffn.mask_of_recomputed(mask, z)
         if not trains or in_backward and ffn.counted:
             return
         self.seen = True
         self.passes += ffn is self.ffns[0]
-        if ffn is self.ffns[0] and (not self.forms or self.passes.bit_count() == 1 < self.passes):
-            self.compare(() if self.stepping else self.optimizers)
+        if ffn is self.ffns[0] and self.passes.bit_count() == 1 and not self.stepping:
+            self.compare([o for o in self.optimizers if self.passes > 1 or not self.kept[o].noted])
         if ffn.check_rows and ffn.act is not ffn.gate:
             ffn.find_rows(z)
         if z.size(-1) != ffn.width:
@@ -140,13 +145,15 @@ class NALoRA(nalora.NALoRA):
         """Are their parameters as they were after their last step, or at the first pass?"""
         for optimizer in optimizers:
             values = [self.value(p) for p, _ in self.steered[optimizer]]
-            now = [widen(value) for value in values]
-            form = [(value.dtype, value.device) for value in values]
-            if form == self.forms.get(optimizer):
-                self.guard.compare(self.before[optimizer], now)
-            else:  # at first, or after a cast
-                self.forms[optimizer] = form
-                self.before[optimizer] = [t.clone() for t in now]
+            if self.kept[optimizer].kinds != kinds_of(values):
+                self.kept[optimizer] = Kept(values)  # the model was cast, or moved
+            kept = self.kept[optimizer]
+            kept.found.take(values)
+            if kept.noted:
+                self.guard.compare(kept)
+            else:
+                kept.left.take(values)
+                kept.noted = True
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -155,12 +162,10 @@ class NALoRA(nalora.NALoRA):
             return
         self.compare([optimizer])
         self.stepping = True
-        values = [self.value(p) for p, _ in self.steered[optimizer]]
         if self.begins and has_stepped(optimizer, [p for p, _ in self.steered[optimizer]]):
             warnings.warn("The optimizer goes on with a run, but NALoRA begins anew: give "
                           "load_state_dict what state_dict gave then.")
         self.begins = False
-        torch._foreach_copy_(self.before[optimizer], values)
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -179,12 +184,15 @@ class NALoRA(nalora.NALoRA):
         self.factors = {group: (self.row_factor(group).unbind(), group.state.scale.unbind())
                         for group in self.groups}
         values = [self.value(p) for p, _ in self.steered[optimizer]]
-        before = self.before[optimizer]
+        kept = self.kept[optimizer]
+        before = kept.found.tensors
         factors = [self.factor(ffn, p).to(t)
                    for (p, ffn), t in zip(self.steered[optimizer], before)]
         torch._foreach_lerp_(before, [widen(value) for value in values], factors)  # nalora.blend
         torch._foreach_copy_(values, before)
-        torch._foreach_copy_(before, values)  # as they are rounded: the guard compares
+        if kept.rounded:
+            kept.found.take(values)
+        kept.left, kept.found = kept.found, kept.left
 
     def end_step(self):
         """Decides by what was seen."""
@@ -220,7 +228,7 @@ class NALoRA(nalora.NALoRA):
         """What the step of p is multiplied by: (rows, 1) for a B of the gate, else 0-dim."""
         rows, scales = self.factors[ffn.group]
         factor = scales[ffn.index]
-        if not any(p is B for B in ffn.B_gates):
+        if p is not ffn.B_gate and not any(p is B for B in ffn.B_gates):
             return factor
         if ffn.fused:  # rows that make no gate take the scale alone
             factor = factor.repeat(len(p), 1)
@@ -234,7 +242,7 @@ class NALoRA(nalora.NALoRA):
         return factor
 
     # -- what it knows -------------------------------------------------------------------------
-    def load_state_dict(self, saved):
+    def load_state_dict(self, saved: dict) -> None:
         """Goes on from a `state_dict`. ValueError if it is of another configuration or model."""
         if not isinstance(saved, dict) or not {"config", "steps", "ffns"} <= saved.keys():
             raise ValueError("This is not what NALoRA's state_dict() gives.")
@@ -253,13 +261,14 @@ class NALoRA(nalora.NALoRA):
             group.state = State(*(torch.stack([state[key] for state in found]).to(t)
                                   for key, t in group.state._asdict().items()))
             group.forget()
-        self.forms.clear()
+        for kept in self.kept.values():
+            kept.noted = False
         self.held = 0
         self.seen = False
         self.passes = 0
         self.begins = False
 
-    def summary(self):
+    def summary(self) -> None:
         """Prints a table of the FFNs after the last step."""
         width = max(len(ffn.name) for ffn in self.ffns)
         print(f"{'':{width}}  channels  moving  k_hat  z > 0  scale   after {self.steps} steps")
@@ -275,6 +284,9 @@ def check_arguments(model, optimizer, config):
         raise ValueError("NALoRA(model, optimizer): the two were given the other way round.")
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is a {type(model).__name__}, but has to be a torch.nn.Module.")
+    check_config(config)
+
+def check_config(config):
     if config is not None and type(config).__name__ != "NALoRAConfig":
         raise ValueError(f"config is a {type(config).__name__}, but has to be a NALoRAConfig, such "
                          "as NALoRAConfig(keep=0.25).")

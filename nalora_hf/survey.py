@@ -132,24 +132,17 @@ def steer(fresh, keywords):
     model = fresh()
     optimizer = optimizer_of(model)
     nalora = NALoRA(model, optimizer, NALoRAConfig(stride=1, keep=0.25), **keywords)
-    received = {}
-
-    def note(ffn, z):
-        received.setdefault(ffn, []).append(z.detach().flatten(0, -2).float())
-
-    for ffn in nalora.ffns:
-        if ffn.act is ffn.gate:
-            ffn.gate.register_forward_hook(lambda gate, x, z, ffn=ffn: note(ffn, z))
-        else:
-            ffn.act.register_forward_pre_hook(lambda act, inputs, ffn=ffn: note(ffn, inputs[0]))
+    received, given = note_gates(nalora.ffns)
     before = {id(p): p.detach().clone() for p in model.parameters()}
     loss_of(model).backward()
     optimizer.step()
     after = dict(zip(map(id, model.parameters()), plain.parameters()))
-    if not received:
+    called = [ffn for ffn in nalora.ffns if ffn in received or ffn.state.k_hat.isfinite()
+              or ffn in given and not isinstance(ffn.phi, torch.nn.Module)]
+    if not called:  # a module that was not called is that of a fast path
         raise ValueError("no FFN that could be steered was called")
-    for ffn in received:
-        z = torch.cat(received[ffn])
+    for ffn in called:
+        z = torch.cat(received.get(ffn) or given[ffn])
         importance = value_and_slope(ffn.phi, z)[1].abs().mean(0)
         if not torch.allclose(importance * 0.1, ffn.state.importance, rtol=1e-4, atol=1e-6):
             return "importance is not that of the activation's input", nalora.ffns
@@ -163,6 +156,29 @@ def steer(fresh, keywords):
             if is_gate and torch.equal(p, before[id(p)]):
                 return "no row of B_gate moved", nalora.ffns
     return "", nalora.ffns
+
+def note_gates(ffns):
+    """{FFN: what its activation receives}, {FFN: what its gate gives}, filled by each pass. It does
+    not ask NALoRA where it looks: an activation is called for the gate that ran last."""
+    received = {}
+    given = {}
+    last = []
+
+    def note_gate(ffn, z):
+        last[:] = [ffn]
+        given.setdefault(ffn, []).append(z.detach().flatten(0, -2).float())
+
+    def note_phi(phi, z):
+        for ffn in last:
+            if ffn.phi is phi:
+                received.setdefault(ffn, []).append(z.detach().flatten(0, -2).float())
+
+    for ffn in ffns:
+        ffn.gate.register_forward_hook(lambda gate, x, z, ffn=ffn: note_gate(ffn, z))
+    for phi in {ffn.phi for ffn in ffns}:
+        if isinstance(phi, torch.nn.Module):
+            phi.register_forward_pre_hook(lambda phi, inputs: note_phi(phi, inputs[0]))
+    return received, given
 
 def gated(ffn):
     """Whether an FFN multiplies its activation by features: another layer is as wide, or fused."""

@@ -7,6 +7,7 @@ import torch
 
 import nalora
 from nalora import GateSums, State, widen
+from nalora_hf.modules import is_ours
 
 class Group:
     """FFNs that one call observes: nalora.SteeredFFN's fields, whose tensors lead with (N,)."""
@@ -68,8 +69,10 @@ class Hook(nalora.Hook):
         elif trains:
             torch.ops.nalora_hf.see(self.nalora.order, self.key, t.detach())
 
+UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)  # a replayed graph would call no hook
+
 @torch.library.custom_op("nalora_hf::see", mutates_args=("order",),
-                         tags=getattr(torch.Tag, "cudagraph_unsafe", ()))
+                         **({} if UNSAFE is None else {"tags": (UNSAFE,)}))
 def see(order: torch.Tensor, key: torch.Tensor, z: torch.Tensor) -> None:
     """A hook's call within a compiled graph; `order` keeps such calls in theirs."""
     hook = Hook.living.get(int(key))
@@ -83,5 +86,5 @@ see.register_fake(lambda order, key, z: None)
 def drop_idle_hooks(act):
     """Those that a copy of a steered model has."""
     for key, hook in list(act._forward_pre_hooks.items()):
-        if isinstance(hook, Hook) and hook.nalora is None:
+        if is_ours(hook, "Hook") and hook.nalora is None:
             del act._forward_pre_hooks[key]
