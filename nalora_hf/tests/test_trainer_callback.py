@@ -103,6 +103,23 @@ def test_two_trainers_may_share_one(tmp_path):
     assert "nalora_turnover" not in large.state.log_history[0]
     assert "nalora_turnover" in large.state.log_history[1]
 
+class Copies(TrainerCallback):
+    """Keeps a copy of the model, as those who average weights do."""
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.copy = copy.deepcopy(model)
+
+def test_a_copy_of_the_model_runs_and_tells_the_callback_nothing(tmp_path):
+    callback = NALoRACallback(CONFIG)
+    copies = Copies()
+    trainer_of(tmp_path, callback, copies).train()
+    before = callback.nalora.state_dict()
+    x = torch.randn(2, 5, 32, requires_grad=True)  # without input_ids, and without a mask
+    with pytest.warns(UserWarning, match="NALoRA steers the model that this is a copy of"):
+        copies.copy.train()(inputs_embeds=x).logits.sum().backward()
+    for name, state in callback.nalora.state_dict()["ffns"].items():
+        assert equal(before["ffns"][name], state)
+    assert not callback.nalora.seen and callback.nalora.steps == 4
+
 def test_a_wrong_configuration_is_refused_at_once():
     with pytest.raises(ValueError, match="config is a dict, but has to be a NALoRAConfig, such as"):
         NALoRACallback({"keep": 0.25})
