@@ -52,8 +52,8 @@ class NALoRACallback(TrainerCallback):
         self.forget_line()
         before = self.nalora
         self.nalora = NALoRA(model, optimizer, self.config, self.gate, self.act)
-        for module, names in modules_with_mask(model, self.nalora):
-            hook = MaskHook(self.nalora, names.index("attention_mask"), module is model)
+        for i, (module, names) in enumerate(modules_with_mask(model, self.nalora)):
+            hook = MaskHook(self.nalora, names.index("attention_mask"), outermost=i == 0)
             self.nalora.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         folder = callers_local("resume_from_checkpoint")
         if folder and state.global_step:
