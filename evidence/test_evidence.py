@@ -272,8 +272,8 @@ def test_the_losses_of_the_first_page_are_those_of_the_results():
     toy = committed("toy")
     real = committed("real")
     for words, label in (("full fine-tuning", "full"), ("LoRA", "lora"), ("NA-LoRA", "nalora"),
-                         ("NA-LoRA, mask on other rows", "nalora-shuffled"),
-                         ("fixed random half of the rows, no scale", "random-mask")):
+                         ("NA-LoRA with shuffled mask", "nalora-shuffled"),
+                         ("random mask, no scale", "random-mask")):
         losses = [list(paired.by_seed(c, label, "val_loss").values()) for c in (toy, real)]
         cells = [f"{np.mean(x):.4f} ± {np.std(x, ddof=1):.4f}" for x in losses]
         assert f"| {words} | {cells[0]} | {cells[1]} |" in FIRST_PAGE
