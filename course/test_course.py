@@ -1,6 +1,6 @@
 """The lab's own tests: the vectors are those of their script, every port passes them, solutions
 pass the checks, empty steps fail all of them, and each usual mistake fails the check meant for it.
-test_pages.py tests what the pages say."""
+test_course_pages.py tests what the pages say."""
 import importlib.util
 import inspect
 import json

@@ -173,7 +173,7 @@ def plain_sizes(config):
 # -- a whole model ---------------------------------------------------------------------------------
 
 class Llama(nalora.Llama):
-    """nalora.Llama, which can also be saved."""
+    """nalora.Llama, saved out of wrappers and in another dtype, too, and more strictly."""
 
     def save_pretrained(self, directory, dtype=None):
         """Writes config.json and model.safetensors, in `dtype` if given, as transformers reads

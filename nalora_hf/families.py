@@ -115,11 +115,12 @@ class FFN:
                 rows = first + stride * torch.arange(self.width, device=z.device)
                 both = torch.stack([output[:, rows].flatten(), z.flatten()])
                 alike[rows] = torch.corrcoef(both)[0, 1].abs().nan_to_num().item()
-        best = sorted(alike, key=alike.get)[-1:]
-        if not best or alike[best[0]] < 0.3 or sorted(alike.values())[:-1][-1:] > [0.9]:
+        order = sorted(alike, key=alike.get, reverse=True)
+        best, second = [alike[rows] for rows in order[:2]] + [0] * (2 - len(order))
+        if best < 0.3 or second > 0.9 * best:
             raise ValueError(f"In {self.name} the activation does not see the output of the layer "
                              "that `gate` names: name the one before it.")
-        self.rows = best[0]
+        self.rows = order[0]
         self.check_rows = False
         self.output = None
 

@@ -67,6 +67,11 @@ def is_nested(optimizer):
         frame = frame.f_back
     return calls > 1
 
+def has_stepped(optimizer, parameters):
+    """Whether its state is of a run. Adagrad has one before its first step, too."""
+    states = [optimizer.state.get(p) for p in parameters]
+    return any(state and state.get("step", 1) != 0 for state in states)
+
 def usable_optimizers(given):
     """[torch.optim.Optimizer], each with a step() that torch's hooks stand around."""
     optimizers = list(given) if isinstance(given, (list, tuple)) else [given]

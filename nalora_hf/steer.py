@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 import nalora
 from nalora import GateSums, NALoRAConfig, State, widen
 from nalora_hf.families import GATES, find_ffns
-from nalora_hf.guard import (Guard, Kept, find_process_groups, is_nested, kinds_of,
+from nalora_hf.guard import (Guard, Kept, find_process_groups, has_stepped, is_nested, kinds_of,
                              parameters_by_optimizer, this_rank, usable_optimizers)
 from nalora_hf.modules import is_ours
 from nalora_hf.watch import Group, Hook, drop_idle_hooks
@@ -162,8 +162,7 @@ class NALoRA(nalora.NALoRA):
             return
         self.compare([optimizer])
         self.stepping = True
-        if self.begins and self.steps == 0 and any(
-                optimizer.state.get(p) for p, _ in self.steered[optimizer]):
+        if self.begins and has_stepped(optimizer, [p for p, _ in self.steered[optimizer]]):
             warnings.warn("The optimizer goes on with a run, but NALoRA begins anew: give "
                           "load_state_dict what state_dict gave then.")
         self.begins = False
@@ -245,6 +244,8 @@ class NALoRA(nalora.NALoRA):
     # -- what it knows -------------------------------------------------------------------------
     def load_state_dict(self, saved: dict) -> None:
         """Goes on from a `state_dict`. ValueError if it is of another configuration or model."""
+        if not isinstance(saved, dict) or not {"config", "steps", "ffns"} <= saved.keys():
+            raise ValueError("This is not what NALoRA's state_dict() gives.")
         here = asdict(self.config)
         for name, value in saved["config"].items():
             if value != here.get(name):
@@ -262,6 +263,7 @@ class NALoRA(nalora.NALoRA):
             group.forget()
         for kept in self.kept.values():
             kept.noted = False
+        self.held = 0
         self.seen = False
         self.passes = 0
         self.begins = False

@@ -149,6 +149,18 @@ def test_interop_peft_reads_the_references_adapter_and_the_other_way_round(tmp_p
     nalora.load_adapter(again, tmp_path / "again")
     torch.testing.assert_close(again(tokens)[0], wanted, atol=0, rtol=0)
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_interop_transformers_reads_what_the_reference_saves(tmp_path, tied):
+    transformers = pytest.importorskip("transformers")
+    ours = nalora.Llama(small_llama(tie_word_embeddings=tied, rope_theta=5e5).config).bfloat16()
+    ours.save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(theirs) is transformers.LlamaForCausalLM and theirs.dtype == torch.bfloat16
+    assert (theirs.lm_head.weight is theirs.model.embed_tokens.weight) == tied
+    tokens, _ = batch(1)
+    torch.testing.assert_close(theirs.float()(tokens).logits, ours.float()(tokens)[0],
+                               atol=1e-5, rtol=1e-5)
+
 def test_interop_the_committed_base_is_that_of_transformers():
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(ROOT / "data" / "base",
