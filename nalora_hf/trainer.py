@@ -53,8 +53,8 @@ class NALoRACallback(TrainerCallback):
         self.forget_line()
         before = self.nalora
         self.nalora = NALoRA(model, optimizer, self.config, self.gate, self.act)
-        for i, (module, place) in enumerate(modules_with_mask(model, self.nalora)):
-            hook = MaskHook(self.nalora, place, outermost=i == 0)
+        for module, place, outermost in modules_with_mask(model, self.nalora):
+            hook = MaskHook(self.nalora, place, outermost)
             self.nalora.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         folder = callers_local("resume_from_checkpoint")
         if folder and state.global_step:
@@ -129,7 +129,7 @@ class MaskHook(Hook):
     def __init__(self, nalora=None, place=None, outermost=False):
         super().__init__(nalora, None, "set_token_mask")
         self.place = place  # of attention_mask among the arguments
-        self.outermost = outermost  # where a pass begins: without a mask it has none
+        self.outermost = outermost  # a pass that has no mask here has none
 
     def __call__(self, module, args, kwargs):
         if self.nalora is None:
@@ -147,9 +147,10 @@ class MaskHook(Hook):
 
 def modules_with_mask(model, nalora):
     """[(module that may take an attention_mask and holds all gates, the place of that argument or
-    None)], the outermost first."""
+    None, whether none around it names that argument)]."""
     gates = {ffn.gate for ffn in nalora.ffns}
     found = []
+    outermost = True
     for module in model.modules():
         try:
             parameters = inspect.signature(module.forward).parameters
@@ -161,7 +162,8 @@ def modules_with_mask(model, nalora):
         takes = "attention_mask" in kinds or Parameter.VAR_KEYWORD in kinds.values()
         if takes and gates <= set(module.modules()):
             place = by_place.index("attention_mask") if "attention_mask" in by_place else None
-            found.append((module, place))
+            found.append((module, place, outermost))
+            outermost &= "attention_mask" not in kinds
     return found
 
 def callers_local(name, attribute=None):
