@@ -4,6 +4,7 @@ import io
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from inspect import Parameter
 from pathlib import Path
 
 import torch
@@ -52,8 +53,8 @@ class NALoRACallback(TrainerCallback):
         self.forget_line()
         before = self.nalora
         self.nalora = NALoRA(model, optimizer, self.config, self.gate, self.act)
-        for i, (module, names) in enumerate(modules_with_mask(model, self.nalora)):
-            hook = MaskHook(self.nalora, names.index("attention_mask"), outermost=i == 0)
+        for module, place, outermost in modules_with_mask(model, self.nalora):
+            hook = MaskHook(self.nalora, place, outermost)
             self.nalora.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         folder = callers_local("resume_from_checkpoint")
         if folder and state.global_step:
@@ -125,15 +126,17 @@ class NALoRACallback(TrainerCallback):
 
 class MaskHook(Hook):
     """Shows NALoRA the attention mask of a pass, of (batch, seq) alone."""
-    def __init__(self, nalora=None, place=0, outermost=False):
+    def __init__(self, nalora=None, place=None, outermost=False):
         super().__init__(nalora, None, "set_token_mask")
         self.place = place  # of attention_mask among the arguments
-        self.outermost = outermost
+        self.outermost = outermost  # a pass that has no mask here has none
 
     def __call__(self, module, args, kwargs):
         if self.nalora is None:
             return
-        mask = kwargs.get("attention_mask", args[self.place] if len(args) > self.place else None)
+        mask = kwargs.get("attention_mask")
+        if self.place is not None and self.place < len(args):
+            mask = args[self.place]
         if isinstance(mask, Tensor) and mask.dim() == 2:
             self.tell(mask, True)
         elif self.outermost:
@@ -143,16 +146,24 @@ class MaskHook(Hook):
         return MaskHook, ()
 
 def modules_with_mask(model, nalora):
-    """[(module that takes an attention_mask and holds all gates, names of its arguments)]."""
+    """[(module that may take an attention_mask and holds all gates, the place of that argument or
+    None, whether none around it names that argument)]."""
     gates = {ffn.gate for ffn in nalora.ffns}
     found = []
+    outermost = True
     for module in model.modules():
         try:
-            names = list(inspect.signature(module.forward).parameters)
+            parameters = inspect.signature(module.forward).parameters
         except ValueError:  # of a builtin function
             continue
-        if "attention_mask" in names and gates <= set(module.modules()):
-            found.append((module, names))
+        kinds = {name: p.kind for name, p in parameters.items()}
+        by_place = [name for name, kind in kinds.items()
+                    if kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)]
+        takes = "attention_mask" in kinds or Parameter.VAR_KEYWORD in kinds.values()
+        if takes and gates <= set(module.modules()):
+            place = by_place.index("attention_mask") if "attention_mask" in by_place else None
+            found.append((module, place, outermost))
+            outermost &= "attention_mask" not in kinds
     return found
 
 def callers_local(name, attribute=None):
