@@ -4,7 +4,6 @@ import io
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from inspect import Parameter
 from pathlib import Path
 
 import torch
@@ -53,8 +52,8 @@ class NALoRACallback(TrainerCallback):
         self.forget_line()
         before = self.nalora
         self.nalora = NALoRA(model, optimizer, self.config, self.gate, self.act)
-        for module, place, outermost in modules_with_mask(model, self.nalora):
-            hook = MaskHook(self.nalora, place, outermost)
+        for i, (module, place) in enumerate(modules_with_mask(model, self.nalora)):
+            hook = MaskHook(self.nalora, place, outermost=i == 0)
             self.nalora.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         folder = callers_local("resume_from_checkpoint")
         if folder and state.global_step:
@@ -126,17 +125,15 @@ class NALoRACallback(TrainerCallback):
 
 class MaskHook(Hook):
     """Shows NALoRA the attention mask of a pass, of (batch, seq) alone."""
-    def __init__(self, nalora=None, place=None, outermost=False):
+    def __init__(self, nalora=None, place=0, outermost=False):
         super().__init__(nalora, None, "set_token_mask")
         self.place = place  # of attention_mask among the arguments
-        self.outermost = outermost  # a pass that has no mask here has none
+        self.outermost = outermost  # of those that name it: a pass without a mask here has none
 
     def __call__(self, module, args, kwargs):
         if self.nalora is None:
             return
-        mask = kwargs.get("attention_mask")
-        if self.place is not None and self.place < len(args):
-            mask = args[self.place]
+        mask = kwargs.get("attention_mask", args[self.place] if len(args) > self.place else None)
         if isinstance(mask, Tensor) and mask.dim() == 2:
             self.tell(mask, True)
         elif self.outermost:
@@ -146,24 +143,17 @@ class MaskHook(Hook):
         return MaskHook, ()
 
 def modules_with_mask(model, nalora):
-    """[(module that may take an attention_mask and holds all gates, the place of that argument or
-    None, whether none around it names that argument)]."""
+    """[(module that names an attention_mask and holds all gates, its place among the arguments)],
+    the outermost first."""
     gates = {ffn.gate for ffn in nalora.ffns}
     found = []
-    outermost = True
     for module in model.modules():
         try:
-            parameters = inspect.signature(module.forward).parameters
+            names = list(inspect.signature(module.forward).parameters)
         except ValueError:  # of a builtin function
             continue
-        kinds = {name: p.kind for name, p in parameters.items()}
-        by_place = [name for name, kind in kinds.items()
-                    if kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)]
-        takes = "attention_mask" in kinds or Parameter.VAR_KEYWORD in kinds.values()
-        if takes and gates <= set(module.modules()):
-            place = by_place.index("attention_mask") if "attention_mask" in by_place else None
-            found.append((module, place, outermost))
-            outermost &= "attention_mask" not in kinds
+        if "attention_mask" in names and gates <= set(module.modules()):
+            found.append((module, names.index("attention_mask")))
     return found
 
 def callers_local(name, attribute=None):

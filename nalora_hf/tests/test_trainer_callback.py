@@ -232,6 +232,13 @@ def test_whatever_checkpoints_are_kept_have_their_state(tmp_path, changes, recwa
         goes_on.train(resume_from_checkpoint=str(kept[-1]))
         assert other.nalora.steps == 5
 
+def test_no_checkpoint_is_made_where_the_trainer_made_none(tmp_path):
+    callback = NALoRACallback(CONFIG)
+    trainer = trainer_of(tmp_path, callback, save_strategy="steps", save_steps=2)
+    trainer._save_checkpoint = lambda *args: None  # as of a subclass that saves elsewhere
+    trainer.train()
+    assert callback.nalora.steps == 4 and not list(tmp_path.glob("checkpoint-*"))
+
 def test_each_trial_of_a_search_has_its_folder(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)
     callback = NALoRACallback(CONFIG)

@@ -47,14 +47,6 @@ def tokens(monkeypatch):
     monkeypatch.setattr(NALoRA, "decide", noting)
     return found
 
-class ByPlace(Seen):
-    """A Trainer that names no argument."""
-    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        out = model(inputs["input_ids"], inputs["attention_mask"], labels=inputs["labels"])
-        return (out.loss, out) if return_outputs else out.loss
-
-MODES["mask by place"] = {"kind": ByPlace}
-
 @pytest.mark.parametrize("mode", MODES)
 def test_each_step_counts_the_real_tokens_of_its_own_batches(tmp_path, mode, tokens, recwarn):
     model = peft_llama()
