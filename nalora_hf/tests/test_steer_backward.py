@@ -53,6 +53,28 @@ def test_reentrant_checkpoints_that_tell_masks_not_apart_say_so():
     with pytest.warns(UserWarning, match="use_reentrant=False does"):
         sum(losses).backward()
 
+@pytest.mark.parametrize("kind", ["evaluation", "without gradients"])
+def test_a_pass_between_another_and_its_backward_leaves_its_mask_alone(kind):
+    """Of a reentrant checkpoint: an evaluation, or one in train mode that has another length."""
+    def run(between):
+        model, opt, tool = start(NALoRAConfig(stride=3), checkpointed(lora_llama(), True))
+        for i in range(2):
+            tool.token_mask, = masks(7 + i)
+            loss = model(*batch(i))[1]
+            if between:
+                width = 15 if kind == "evaluation" else 6
+                tool.token_mask, = masks(4, width=width)
+                with torch.no_grad():
+                    model.train(kind != "evaluation")(*batch(9, (4, width)))
+                model.train()
+            loss.backward()
+            opt.step(), opt.zero_grad()
+        return model, opt, tool
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Several passes")
+        ends_alike(run)
+
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_masks_of_other_lengths_are_told_apart(order):
     def run(again):
@@ -104,6 +126,22 @@ def test_checkpoints_may_be_nested(depth):
         return model, opt, tool
 
     ends_alike(run, exactly=False)
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_may_be_switched_on_later(reentrant):
+    def run(again):
+        model, opt, tool = start(NALoRAConfig(stride=3))
+        take_step(model, opt, 0)
+        if again:
+            checkpointed(model, reentrant)
+        for i in (1, 2):
+            take_step(model, opt, i)
+        assert tool.steps == 3
+        return model, opt, tool
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ends_alike(run, exactly=False)
 
 @pytest.mark.parametrize("reentrant", [None, True, False])
 @pytest.mark.parametrize("masked", [False, True])

@@ -143,6 +143,9 @@ def test_what_was_sampled_before_a_state_is_loaded_is_forgotten():
     assert tool.held == 0 and not any(map(any, (group.samples for group in tool.groups)))
     tool.add_up()
     assert tool.groups[0].sums.tokens.tolist() == [0, 0]
+    with pytest.warns(UserWarning, match="NALoRA saw no pass before this step"):
+        opt.step()
+    assert tool.steps == 0
 
 def test_ffns_of_one_width_are_observed_and_decided_in_one_call(monkeypatch):
     calls = []

@@ -80,62 +80,6 @@ def test_optimizers_that_step_during_backward_are_steered():
 
     ends_alike(run)
 
-# ---- nested --------------------------------------------------------------------------------------
-def nested(depth, fails=()):
-    """An AdamW whose step() calls its parent's, which calls its parent's, ..."""
-    kind = torch.optim.AdamW
-    for level in range(depth):
-        class Child(kind):
-            level_ = level
-            parent = kind
-
-            def step(self, closure=None, kind=kind, level=level):
-                loss = kind.step(self, closure)
-                if level in fails:
-                    fails.remove(level)
-                    raise ArithmeticError(level)
-                return loss
-
-        kind = Child
-    return kind
-
-@pytest.mark.parametrize("hooked", [(), (0,), (0, 1), (0, 1, 2), (2, 0)])
-@pytest.mark.parametrize("depth", [1, 3])
-def test_a_step_within_a_step_of_the_same_counts_once(depth, hooked):
-    """torch's hooks stand around step() of each class of which an optimizer was made."""
-    def run(deep):
-        kind = nested(depth) if deep else torch.optim.AdamW
-        parents = [k for k in kind.__mro__ if issubclass(k, torch.optim.AdamW)][::-1]
-        for i in hooked if deep else ():
-            parents[min(i, depth - 1)]([torch.nn.Parameter(torch.zeros(1))])
-        model, opt, tool = start(NALoRAConfig(stride=1, keep=0.25), optimizer=kind)
-        for i in range(3):
-            before = snapshot(model)
-            take_step(model, opt, i)
-            moved_rows(model, before, tool)
-        assert tool.steps == 3
-        return model, opt, tool
-
-    ends_alike(run)
-    assert equal(*(snapshot(run(deep)[0]) for deep in (False, True)))
-
-@pytest.mark.parametrize("level", [0, 1, 2])
-def test_an_error_within_a_nested_step_does_not_last(level):
-    kind = nested(3, [level])
-    for parent in kind.__mro__[:4]:
-        parent([torch.nn.Parameter(torch.zeros(1))])
-    model, opt, tool = start(NALoRAConfig(stride=1, keep=0.25), optimizer=kind)
-    with pytest.raises(ArithmeticError):
-        take_step(model, opt, 0)
-    opt.zero_grad()
-    with pytest.warns(UserWarning, match="Something else moved"):  # before the error
-        take_step(model, opt, 1)
-    for i in range(2, 6):
-        before = snapshot(model)
-        take_step(model, opt, i)
-        moved_rows(model, before, tool)
-    assert tool.steps == 5
-
 # ---- wrapped -------------------------------------------------------------------------------------
 class Wrapper(torch.optim.Optimizer):
     """Steps as the optimizer within, which may be called `optimizer`."""
@@ -220,6 +164,77 @@ def test_what_a_closure_computes_adds_up():
     half = len(tokens) // 2
     assert tokens == [[60 * (i + 1)] * 2 for i in range(half)] * 2 and half > 1 and tool.steps == 2
 
+# ---- nested --------------------------------------------------------------------------------------
+@torch.no_grad()
+def shrink(optimizer):
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.mul_(0.999)
+
+def nested(depth, fails=()):
+    """An AdamW whose step() shrinks the parameters and calls its parent's, which does so, too."""
+    kind = torch.optim.AdamW
+    for level in range(depth):
+        class Child(kind):
+            def step(self, closure=None, kind=kind, level=level):
+                shrink(self)
+                loss = kind.step(self, closure)
+                if level in fails:
+                    fails.remove(level)
+                    raise ArithmeticError(level)
+                return loss
+
+        kind = Child
+    return kind
+
+class Shrinks(Wrapper):
+    """Does the same in one step()."""
+    def step(self, closure=None):
+        for _ in range(self.depth):
+            shrink(self)
+        return self.optimizer.step(closure)
+
+@pytest.mark.parametrize("hooked", [(), (0,), (0, 1), (0, 1, 2), (2, 0)])
+@pytest.mark.parametrize("depth", [1, 3])
+def test_a_step_within_a_step_of_the_same_counts_once(depth, hooked):
+    """torch's hooks stand around step() of each class of which an optimizer was made."""
+    def run(deep):
+        kind = nested(depth) if deep else torch.optim.AdamW
+        parents = [k for k in kind.__mro__ if issubclass(k, torch.optim.AdamW)][::-1]
+        for i in hooked if deep else ():
+            parents[min(i, depth - 1)]([torch.nn.Parameter(torch.zeros(1))])
+        model, opt, _ = start(None, optimizer=kind)
+        if not deep:
+            opt = Shrinks(opt)
+            opt.depth = depth
+        tool = NALoRA(model, opt, NALoRAConfig(stride=1, keep=0.25))
+        for i in range(3):
+            before = snapshot(model)
+            take_step(model, opt, i)
+            moved_rows(model, before, tool)
+        assert tool.steps == 3
+        return model, opt, tool
+
+    ends_alike(run)
+    assert equal(*(snapshot(run(deep)[0]) for deep in (False, True)))
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_an_error_within_a_nested_step_does_not_last(level):
+    kind = nested(3, [level])
+    for parent in kind.__mro__[:4]:
+        parent([torch.nn.Parameter(torch.zeros(1))])
+    model, opt, tool = start(NALoRAConfig(stride=1, keep=0.25), optimizer=kind)
+    with pytest.raises(ArithmeticError):
+        take_step(model, opt, 0)
+    opt.zero_grad()
+    with pytest.warns(UserWarning, match="Something else moved"):  # before the error
+        take_step(model, opt, 1)
+    for i in range(2, 6):
+        before = snapshot(model)
+        take_step(model, opt, i)
+        moved_rows(model, before, tool)
+    assert tool.steps == 5
+
 # ---- refused -------------------------------------------------------------------------------------
 def test_optimizers_that_cannot_be_hooked_or_average_are_refused():
     class ScheduleFree(torch.optim.SGD):
@@ -232,9 +247,18 @@ def test_optimizers_that_cannot_be_hooked_or_average_are_refused():
             self.optimizer = inner
             self.param_groups = inner.param_groups
 
+    class Adopts(torch.optim.Optimizer):
+        """Takes over all that another has, its dictionaries of hooks, too."""
+        def __init__(self, inner):
+            self.__dict__.update(inner.__dict__)
+
+        def step(self, closure=None):
+            pass
+
     model, opt, _ = start()
-    for wrong in (Bare(opt), Wrapper(opt, proper=False), [opt, Bare(opt)]):
-        with pytest.raises(ValueError, match="Bare is not|Wrapper is not, or it skips"):
+    for wrong in (Bare(opt), Wrapper(opt, proper=False), Adopts(opt), [opt, Bare(opt)]):
+        kind = type(wrong[1] if isinstance(wrong, list) else wrong).__name__
+        with pytest.raises(ValueError, match=f"which {kind} is not, or it skips"):
             NALoRA(model, wrong)
     with pytest.raises(ValueError, match="ScheduleFree evaluates at averages of its own"):
         NALoRA(model, ScheduleFree(lora_parameters(model), lr=0.1))

@@ -253,6 +253,7 @@ def test_interop_two_adapters_of_peft_are_steered_in_turn():
     settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=FFN)
     model = peft.get_peft_model(family("Llama"), settings, adapter_name="A")
     model.add_adapter("B", settings)
+    model.get_input_embeddings().requires_grad_()  # so that a pass without adapters trains, too
     tools = {}
     for name in "AB":
         model.set_adapter(name)
