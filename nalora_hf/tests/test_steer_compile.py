@@ -9,9 +9,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from nalora import NALoRAConfig
-from nalora_hf import NALoRA, steer
+from nalora_hf import NALoRA, lora_parameters, steer
 from nalora_hf.tests.helpers import (FFN, batch, family, hf_step, lora_llama, other_model,
-                                     pairs_of, sgd, start, wake)
+                                     other_step, pairs_of, sgd, start, wake)
 
 CONFIG = NALoRAConfig(stride=3, keep=0.25)
 
@@ -148,3 +148,16 @@ def test_a_nalora_that_comes_after_the_first_compiled_pass_says_so():
     with pytest.warns(UserWarning, match="was it not compiled before NALoRA was made"):
         opt.step()
     assert tool.steps == 0
+
+def test_an_optimizer_whose_step_is_compiled_is_steered():
+    model = other_model()
+    opt = torch.optim.AdamW(lora_parameters(model), lr=1e-2)
+    tool = NALoRA(model, opt, CONFIG)
+    step = torch.compile(opt.step, backend="eager")
+    for i in range(3):
+        before = [ffn.B_gate.detach().clone() for ffn in tool.ffns]
+        other_step(model, i)
+        step()
+        for ffn, old in zip(tool.ffns, before):
+            assert torch.equal((ffn.B_gate != old).any(1), ffn.state.mask)
+    assert tool.steps == 3
