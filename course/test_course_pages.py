@@ -35,10 +35,18 @@ def by_rows(key, name="keep-adamw"):
     return {row: [r[key] for r in rows if r["variant"] == variant]
             for row, variant in VARIANTS.items()}
 
+def in_words(variant):
+    """As the reports call it: nalora-mask:keep=0.1 is "derivative mask, keep 0.1"."""
+    name, _, setting = variant.partition(":")
+    names = {"lora": "LoRA", "nalora": "NA-LoRA", "nalora-mask": "derivative mask"}
+    words = names.get(name, name.replace("-", " "))
+    return f"{words}, {setting.replace('=', ' ')}" if setting else words
+
 def difference(name, first, second):
     """("-0.0266 [-0.0429, -0.0102]", "lower in 5 of 5") of the loss, as its report has it."""
     text = (RESULTS / name / "comparison.md").read_text(encoding="utf-8")
-    line = next(line for line in text.splitlines() if line.startswith(f"| {first} - {second} |"))
+    pair = f"| {in_words(first)} − {in_words(second)} |"
+    line = next(line for line in text.splitlines() if line.startswith(pair))
     number, _, words = line.split("|")[2].strip().partition("] ")
     return f"{number}]", words
 
@@ -129,7 +137,7 @@ def test_the_conclusions_hold_in_the_data():
     layers = f"0.59 in layer {np.argmin(k_hat)} to 1.18 in layer {np.argmax(k_hat)}"
     assert layers in LAB
     told = (RESULTS / "toy" / "comparison.md").read_text(encoding="utf-8")
-    line = next(line for line in told.splitlines() if line.startswith("| nalora - lora |"))
+    line = next(line for line in told.splitlines() if line.startswith("| NA-LoRA − LoRA |"))
     assert "no difference seen" in line.split("|")[2]
 
 def test_the_rates_of_step_6_are_those_that_tuning_chose():

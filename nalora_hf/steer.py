@@ -16,7 +16,7 @@ from nalora_hf.guard import (Guard, Kept, find_process_groups, has_stepped, is_n
 from nalora_hf.modules import is_ours
 from nalora_hf.watch import Group, Hook, drop_idle_hooks
 
-SAMPLES = 64 * 2**20  # bytes of gates that are held at most until they are observed
+SAMPLES = 32 * 2**20  # bytes of gates that are held at most; stacked to be observed, twice that
 
 class NALoRA(nalora.NALoRA):
     """Turns a LoRA training loop into NA-LoRA: make one after the optimizer, change nothing else.
@@ -42,7 +42,7 @@ class NALoRA(nalora.NALoRA):
         for ffn in self.ffns:
             kinds.setdefault(ffn.kind(), []).append(ffn)
         self.groups = [Group(ffns) for ffns in kinds.values()]
-        self.order = torch.zeros(1)  # see the operation
+        self.order = torch.zeros(1, device="cpu")  # see the operation
         self.held = 0  # bytes of samples
         self.seen = False  # whether a pass was since the last step
         self.passes = 0  # of the first FFN, since then
@@ -136,7 +136,8 @@ class NALoRA(nalora.NALoRA):
         """Adds what was sampled to the sums of the step, a group at a time."""
         for group in self.groups:
             while any(group.samples):
-                group.sums = group.sums + self.observe(group, *group.take_samples())
+                which, z, weight = group.take_samples()
+                group.add(which, self.observe(group, z, weight))
         self.held = 0
 
     # -- steps ---------------------------------------------------------------------------------

@@ -32,13 +32,21 @@ class Group:
         self.sums = GateSums(zero, *zero.new_zeros(4, len(zero)))
 
     def take_samples(self):
-        """One pass of each FFN: z (N, T, F), weight (N, T); 0 where an FFN has none of T tokens."""
+        """A pass of each FFN that has one of T tokens: (which, z (n, T, F), weight (n, T))."""
         tokens = next(len(z) for passes in self.samples for z, _ in passes[:1])
-        taken = [passes.pop(0) if passes and len(passes[0][0]) == tokens else None
-                 for passes in self.samples]
-        z, weight = next(filter(None, taken))
-        taken = [(z, weight * 0) if pair is None else pair for pair in taken]
-        return [torch.stack(part) for part in zip(*taken)]
+        which = [i for i, passes in enumerate(self.samples)
+                 if passes and len(passes[0][0]) == tokens]
+        z, weight = zip(*(self.samples[i].pop(0) for i in which))
+        return which, torch.stack(z), torch.stack(weight)
+
+    def add(self, which, sums):
+        """Adds the sums (n, ...) of those FFNs to the step's."""
+        if len(which) == len(self.ffns):
+            self.sums = self.sums + sums
+        else:
+            index = torch.tensor(which, device="cpu").to(self.sums.tokens.device, non_blocking=True)
+            self.sums = GateSums(*(t.index_add(0, index, more)
+                                   for t, more in zip(self.sums, sums)))
 
 class Hook(nalora.Hook):
     """Shows NALoRA what an activation receives, or what a gate gives; under torch.compile as one
@@ -49,7 +57,7 @@ class Hook(nalora.Hook):
     def __init__(self, nalora=None, ffn=None, show="see"):
         super().__init__(nalora, ffn)
         self.show = show
-        self.key = torch.tensor(next(self.keys))
+        self.key = torch.tensor(next(self.keys), device="cpu")  # reading it waits for no device
         self.living[int(self.key)] = self
 
     def __reduce__(self):

@@ -108,8 +108,27 @@ def test_samples_beyond_what_may_be_held_are_summed_up_before(monkeypatch, most)
     for name, t in ends[0].items():
         torch.testing.assert_close(t, ends[1][name])
 
-def test_at_most_64_mb_are_held():
-    assert steer.SAMPLES == 64 * 2**20
+def test_at_most_64_mb_are_held_and_stacked():
+    assert 2 * steer.SAMPLES == 64 * 2**20
+
+def test_what_is_observed_is_what_was_sampled_and_no_more(monkeypatch):
+    """Of twelve FFNs the three that were sampled, not nine others in zeros."""
+    monkeypatch.setattr(steer, "SAMPLES", 40_000)  # three passes of 11,520 bytes
+    stacked = []
+    ends = []
+    for limited in (True, False):
+        if not limited:
+            monkeypatch.undo()
+        model, opt, tool = start(NALoRAConfig(stride=1), lora_llama(num_hidden_layers=12))
+        observe = tool.observe
+        tool.observe = lambda group, z, weight: (stacked.append(z.nbytes),
+                                                 observe(group, z, weight))[1]
+        for i in range(2):
+            take_step(model, opt, i)
+        ends.append(state_of(tool))
+        assert max(stacked) <= 40_000 if limited else max(stacked) == 12 * 11_520
+    for name, t in ends[0].items():
+        torch.testing.assert_close(t, ends[1][name])
 
 def test_samples_do_not_keep_the_memory_of_all_tokens():
     model, opt, tool = start(NALoRAConfig(stride=17))
