@@ -94,6 +94,10 @@ class NALoRACallback(TrainerCallback):
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(self.line)
 
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        for name in self.line:  # the line was the metrics, whose sum a search may minimise
+            (metrics or {}).pop(name, None)
+
     def describe(self):
         """What a log line says."""
         states = [group.state for group in self.nalora.groups]

@@ -17,7 +17,7 @@ pytest.importorskip("accelerate")
 
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import HPSearchBackend
+from transformers.trainer_utils import HPSearchBackend, default_compute_objective
 
 from nalora_hf import NALoRACallback
 from nalora_hf.tests.helpers import TINY, equal, peft_llama, snapshot
@@ -160,6 +160,26 @@ def test_each_log_line_says_what_the_method_does(tmp_path):
         assert line.items() <= kept.items()
     saved = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
     assert saved["log_history"] == trainer.state.log_history[:-1]
+
+class Evaluated(TrainerCallback):
+    """Keeps the metrics of evaluations, of which a search makes its objective."""
+    def __init__(self):
+        self.metrics = []
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self.metrics.append(dict(metrics))
+
+def test_metrics_are_those_of_the_model(tmp_path):
+    evaluated = Evaluated()
+    trainer = trainer_of(tmp_path, NALoRACallback(CONFIG), evaluated, eval_strategy="steps",
+                         eval_steps=2)
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert len(evaluated.metrics) == 3
+    for found, line in zip((*evaluated.metrics, metrics), trainer.state.log_history):
+        assert not any("nalora" in name for name in found) and found["eval_loss"] < 10
+        assert default_compute_objective(dict(found)) == found["eval_loss"]
+        assert "nalora_k_hat" in line
 
 def test_nothing_is_said_before_a_step(tmp_path):
     callback = NALoRACallback()
