@@ -6,12 +6,11 @@ z = W_gate x and u = W_up x. Its activation is self-gated, a weight times the fe
 phi(z) = rho(z) z. So moving a gate by delta moves two things at once:
     phi(z + delta) - phi(z)  =  rho(z) delta  +  z rho'(z) delta  +  O(delta^2)
                                features move     selection moves
-LoRA treats its update as a change of features, yet it also changes which channels are selected:
-the paper's selection misalignment, which evidence/ measures. The second move over the first is
-kappa(z) - 1, where kappa = z phi' / phi is the local degree of homogeneity (Euler: z phi' = k phi
-exactly where phi(t z) = t^k phi(z), t > 0). Where kappa > 1 selection amplifies the move, where
-kappa < 1 it opposes it. NA-LoRA does not undo that: it moves the gate channels that respond (phi'),
-and takes smaller steps where gates amplify (kappa). It adds no loss, parameter or inference cost.
+LoRA is to change features, yet it also changes which channels are selected: the paper's selection
+misalignment, see evidence/. The second move over the first is kappa - 1; kappa(z) = z phi' / phi is
+the local degree of homogeneity (Euler: k where phi(t z) = t^k phi(z), t > 0). Where kappa > 1
+(SiLU, GELU: z > 0) selection amplifies, else opposes. NA-LoRA does not undo that: it moves channels
+that respond (phi'), by less where gates amplify (kappa). It adds no loss, weight or inference cost.
 
 USE IT. One line turns a LoRA loop into an NA-LoRA loop:
     inject_lora(model, ["gate_proj", "up_proj", "down_proj"], rank=8, alpha=16)  # or PEFT's LoRA
@@ -43,24 +42,18 @@ In numbers: first step, SiLU, one token, two channels, z = (1, -2):
     P = (1)(0.928)(0.731) + (-2)(-0.091)(-0.238) = 0.635   Q = 0.731^2 + 0.238^2 = 0.591
     k_hat = 1.07  scale = 0.931  I = 0.1 S = (0.093, 0.009)  mask = (1, 0). So row 0 of B_gate and
     every other A and B take 0.931 of the optimizer's step; row 1 stays bit for bit.
-A run of train_tiny.py: k_hat 1.01 to 1.08; in 50 steps 3 to 13 % of an FFN's mask change.
 
-WHY the responsive channels? The gradient of row c of B_gate carries phi'(z_c), so plain SGD hardly
-moves a channel that does not respond. Adam normalises that away; the mask brings it back. All
-channels share A_gate, so it has no mask. I is an average over steps, or the mask would flicker.
+WHY the responsive channels? The gradient of row c of B_gate carries phi'(z_c), so SGD hardly moves
+channels that do not respond. Adam normalises that away; the mask is to bring it back. All channels
+share A_gate, so it has no mask. I is an average over steps, or the mask would flicker.
 Why the step, not the gradient or the forward pass? Momentum and weight decay move a row whose
-gradient is zero; putting it back is exact. Adam's moments see every gradient, so a row that is
-released moves at once by its built-up momentum. A mask in the forward pass would change the model.
+gradient is zero; putting it back is exact. Adam's moments see every gradient, so a released row
+moves at once, by built-up momentum. A mask in the forward pass would change the model.
 Why 1 / k_hat? Gates that grow by 1 % let phi grow by k_hat %; dividing makes equal steps count
 equally. kappa of SiLU is 1 at 0 and for z -> inf, at most 1.28, and -inf for z -> -inf (of ReLU
-below 0 it is 0/0, here 1): take no plain mean. k_hat is its mean weighted by phi^2, which goes
-to 0 faster than kappa grows. Scale 2 for k_hat < 0, and to scale up and down, too, are choices.
-
-GLOSSARY    z: gate pre-activation   phi: act   phi': slope   A, B: lora_A, lora_B
-    rho    selection_weight       phi / z; SiLU: sigmoid(z)
-    kappa  homogeneity            z phi' / phi = 1 + z rho' / rho; SiLU and GELU: > 1 where z > 0
-    k_hat  effective_homogeneity  the k that fits z phi' = k phi best in least squares
-    I, p   importance, occupancy  moving average of a channel's mean |phi'|; share of z > 0
+below 0 it is 0/0, here 1). So k_hat weights it by phi^2, which goes to 0 faster than kappa grows.
+GLOSSARY. z: gate pre-activation  phi: act  phi': slope  A, B: lora_A, lora_B  I: importance
+    rho: selection_weight  kappa: homogeneity  k_hat: effective_homogeneity  p: occupancy
 
 WHOSE IS WHAT. We have seen no equation of the paper. Never cite this file as its method.
     the paper, in public                           | our reading
@@ -86,7 +79,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-# ---- 1 the mathematics: pure functions, any leading dimensions (...) ---------
+# ---- 1 the mathematics: pure functions, any leading dimensions (...)
 def widen(t):
     """t in float32, or in float64 if it is: nothing is summed or blended in half precision."""
     return t if t.dtype == torch.float64 else t.float()
@@ -102,12 +95,12 @@ def value_and_slope(act, z):
     return phi.detach(), slope
 
 def selection_weight(act, z):
-    """rho(z) = phi(z) / z, shaped like z; at 0 its limit phi'(0)."""
+    """rho(z) = phi(z) / z (SiLU: sigmoid(z)), shaped like z; at 0 its limit phi'(0)."""
     phi, slope = value_and_slope(act, z)
     return torch.where(z == 0, slope, phi / torch.where(z == 0, 1, z))
 
 def homogeneity(act, z):
-    """kappa(z) = z phi'(z) / phi(z), shaped like z; 1 where phi(z) = 0."""
+    """kappa = z phi' / phi = 1 + z rho' / rho at each z, shaped like z; 1 where phi(z) = 0."""
     phi, slope = value_and_slope(act, z)
     return torch.where(phi == 0, 1, z * slope / torch.where(phi == 0, 1, phi))
 
@@ -193,7 +186,7 @@ def blend(before, after, factor):
     before = widen(before)
     return torch.lerp(before, widen(after), factor.to(before))
 
-# ---- 2 NALoRA: hooks that observe passes and correct steps -------------------
+# ---- 2 NALoRA: hooks that observe passes and correct steps
 @dataclass(eq=False)
 class SteeredFFN:
     """All that NA-LoRA keeps of one FFN."""
@@ -261,7 +254,7 @@ class NALoRA:
 
     def attach(self, ffn):
         for hook in list(ffn.act._forward_pre_hooks.values()):
-            if isinstance(hook, Hook) and hook.nalora is not None:
+            if getattr(hook, "nalora", None) is not None:
                 hook.nalora.remove()  # such as when a notebook's cell runs again
         self.handles.append(ffn.act.register_forward_pre_hook(Hook(self, ffn)))
 
@@ -297,8 +290,7 @@ class NALoRA:
 
     def step_ends(self, optimizer):
         """False if GradScaler made a fused optimizer skip this step."""
-        found_inf = getattr(optimizer, "found_inf", None)
-        return found_inf is None or found_inf.item() == 0
+        return not getattr(optimizer, "found_inf", None)
 
     def sum_over_ranks(self, ffn):  # all decide alike
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -345,10 +337,9 @@ class NALoRA:
         for handle in self.handles:
             handle.remove()
 
-# ---- 3 LoRA, and its files as PEFT writes them -------------------------------
+# ---- 3 LoRA, and its files as PEFT writes them
 class LoRALinear(nn.Module):
-    """y = base_layer(x) + (alpha / rank) B A x (arXiv 2106.09685); B = 0, a no-op, at the start.
-    base: nn.Linear. A and B are float32. ValueError on a wrong rank or alpha."""
+    """y = base_layer(x) + (alpha / rank) B A x (arXiv 2106.09685); A, B float32, B = 0 at first."""
     def __init__(self, base, rank, alpha):
         super().__init__()
         most = min(base.in_features, base.out_features)
@@ -368,8 +359,8 @@ class LoRALinear(nn.Module):
         return y + (low @ self.lora_B.t().contiguous()).to(y.dtype)  # contiguous: faster backward
 
 def lora_layers(model):
-    """{module name: LoRALinear} in module order."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    """{module name: LoRALinear} in module order; a class of before a reload counts, too."""
+    return {name: m for name, m in model.named_modules() if str(LoRALinear) in str(type(m).mro())}
 
 def lora_parameters(model):
     """[A, B, A, B, ...] in module order: what the optimizer trains."""
@@ -394,8 +385,7 @@ def inject_lora(model, targets, rank=8, alpha=16):
 
 @torch.no_grad()
 def merge_lora(model):
-    """Puts each nn.Linear back, its weight W + (alpha / rank) B A summed in float32. Returns their
-    names. ValueError if there is no LoRA."""
+    """Puts each linear back, with W + (alpha / rank) B A. Returns their names, or a ValueError."""
     layers = lora_layers(model)
     if not layers:
         raise ValueError("This model carries no LoRA, or it is merged already.")
@@ -430,9 +420,8 @@ def adapter_tensors(model):
             for name, layer in lora_layers(model).items() for part in ("lora_A", "lora_B")}
 
 def save_adapter(model, directory, base_model=None):
-    """Writes adapter_config.json and adapter_model.safetensors as PEFT does; base_model: the base's
-    name or path. ValueError if they would not hold all that trains."""
-    layers = {name: m for name, m in lora_layers(model).items() if type(m) is LoRALinear}
+    """Writes PEFT's files; base_model: name or path. ValueError if they lack some that trains."""
+    layers = {name: m for name, m in lora_layers(model).items() if str(type(m)) == str(LoRALinear)}
     sizes = {(layer.rank, layer.alpha) for layer in layers.values()}
     trained = {n.rpartition(".")[0] for n, p in model.named_parameters() if p.requires_grad}
     if len(sizes) != 1 or trained - layers.keys():
@@ -446,8 +435,7 @@ def save_adapter(model, directory, base_model=None):
                             "adapter_model.safetensors": tensors})
 
 def load_adapter(model, directory):
-    """Injects the LoRA that save_adapter or PEFT wrote. Returns the module names. ValueError, and
-    no LoRA, if it is broken, incomplete, more than plain LoRA or another model's."""
+    """Injects what save_adapter or PEFT wrote. Returns its names. A ValueError leaves no LoRA."""
     config, tensors = read_folder(directory, "adapter_")
     odd = [key for key in ("use_rslora", "alpha_pattern") if config.get(key)]
     if config.get("init_lora_weights", True) not in (True, False, "gaussian", "eva", "orthogonal"):
@@ -465,7 +453,7 @@ def load_adapter(model, directory):
         t.copy_(tensors[key])
     return names
 
-# ---- 4 a Llama, with Hugging Face's names ------------------------------------
+# ---- 4 a Llama, with Hugging Face's names
 @dataclass
 class LlamaConfig:
     vocab_size: int
@@ -580,6 +568,18 @@ class Llama(nn.Module):
                 break
         return tokens
 
+    def save_pretrained(self, directory):
+        """Writes config.json and model.safetensors as transformers does. ValueError under LoRA."""
+        if lora_layers(self):
+            raise ValueError("This model carries LoRA: merge_lora(model) first, or save_adapter.")
+        weights = dict(self.named_parameters())  # a tied one once
+        saved = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+                 **asdict(self.config), "tie_word_embeddings": "lm_head.weight" not in weights,
+                 "torch_dtype": str(self.lm_head.weight.dtype).removeprefix("torch.")}
+        tensors = safetensors.torch.save(weights, {"format": "pt"})
+        write_files(directory, {"config.json": json.dumps(saved, indent=2).encode(),
+                                "model.safetensors": tensors})
+
     @classmethod
     def from_pretrained(cls, directory):
         """Reads config.json and model.safetensors. ValueError if they make no such Llama."""
@@ -591,9 +591,9 @@ class Llama(nn.Module):
             raise ValueError(f"{directory} has {odd}, which this Llama cannot honour.")
         if given.get("tie_word_embeddings"):
             weights["lm_head.weight"] = weights.get("model.embed_tokens.weight")
-        names = {f.name for f in fields(LlamaConfig)} & given.keys()
+        known = {f.name: given[f.name] for f in fields(LlamaConfig) if f.name in given}
         try:
-            model = cls(LlamaConfig(**{name: given[name] for name in names}))
+            model = cls(LlamaConfig(**known))
             model.load_state_dict(weights)
         except (RuntimeError, TypeError) as e:
             raise ValueError(f"{directory}: config.json and weights make no Llama: {e}") from None

@@ -5,6 +5,7 @@ import ast
 import builtins
 import copy
 import functools
+import importlib
 import itertools
 import json
 import math
@@ -329,7 +330,6 @@ def test_config_has_the_defaults_of_the_docstring_and_refuses():
 
 # ---- 2 NALoRA ------------------------------------------------------------------------------------
 def hooks(model, opt):
-    """How many hooks there are."""
     modules = sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
     return modules + len(opt._optimizer_step_pre_hooks) + len(opt._optimizer_step_post_hooks)
 
@@ -435,13 +435,6 @@ def test_the_lora_of_others_is_steered(many):
     train((other, opt))
     same(run[2], found)
 
-def test_statistics_are_the_states():
-    run = start(NALoRAConfig())
-    train(run)
-    for ffn, seen in zip(run[2].ffns, run[2].statistics().values(), strict=True):
-        assert seen["k_hat"] == ffn.state.k_hat.item() and seen["mask"] is ffn.state.mask
-        assert list(seen) == list(State._fields) and type(seen["scale"]) is float
-
 def test_state_dict_goes_on_to_the_same_bits(tmp_path):
     config = NALoRAConfig(stride=3)
     parts, others = start(config), start(config)
@@ -454,6 +447,9 @@ def test_state_dict_goes_on_to_the_same_bits(tmp_path):
     assert train(parts, (2, 3, 4)) == train(others, (2, 3, 4))
     for a, b in zip(parts[2].ffns, others[2].ffns):
         assert all(map(torch.equal, (*a.state, *a.parameters), (*b.state, *b.parameters)))
+    for ffn, seen in zip(parts[2].ffns, parts[2].statistics().values(), strict=True):
+        assert seen["k_hat"] == ffn.state.k_hat.item() and seen["mask"] is ffn.state.mask
+        assert list(seen) == list(State._fields) and type(seen["scale"]) is float
     assert (saved[2]["config"], saved[2]["steps"], others[2].steps) == (asdict(config), 2, 5)
     assert saved[2]["ffns"]["model.layers.1.mlp"].keys() == set(State._fields)
     for wrong in (NALoRAConfig(keep=0.1), None), (config, lora_llama(num_hidden_layers=1)):
@@ -604,6 +600,10 @@ def test_inject_refuses(targets, rank, alpha, message):
 def change_json(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
+def change_tensors(path, changes):
+    tensors = load_file(path) | changes
+    path.write_bytes(safetensors.torch.save({k: t for k, t in tensors.items() if t is not None}))
+
 def test_adapter_round_trip_in_pefts_words(tmp_path):
     model = start(None, lora_llama(["layers.1.mlp.gate_proj", "up_proj"]))[0]
     save_adapter(model, tmp_path)
@@ -644,16 +644,29 @@ def test_other_adapters_are_refused(tmp_path, change, tensors):
     save_adapter(start()[0], tmp_path)
     config, file = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
     change_json(config, **change) if isinstance(change, dict) else config.write_text(change)
-    if isinstance(tensors, dict):
-        tensors = safetensors.torch.load_file(file) | tensors
-        tensors = safetensors.torch.save({k: t for k, t in tensors.items() if t is not None})
-    file.write_bytes(tensors)
+    change_tensors(file, tensors) if isinstance(tensors, dict) else file.write_bytes(tensors)
     model = small_llama()
     before = copy.deepcopy(model.state_dict())
     refuses(f"{tmp_path}|^rank|^Not each", load_adapter, model, tmp_path)
     assert equal(before, model.state_dict()) and not lora_layers(model)
     file.unlink()
     refuses("cannot be read", load_adapter, model, tmp_path)
+
+def test_a_model_of_before_a_reload_is_known(tmp_path, monkeypatch):
+    model, opt, _ = start(NALoRAConfig())
+    layer = model.model.layers[0].mlp.up_proj
+    for name, value in {**vars(nalora)}.items():
+        monkeypatch.setitem(vars(nalora), name, value)  # is put back
+    assert not isinstance(layer, importlib.reload(nalora).LoRALinear)
+    save_adapter(model, tmp_path)
+    assert load_adapter(small_llama(), tmp_path) == list(lora_layers(model))
+    refuses("carries LoRA already", inject_lora, model, FFN)
+    refuses("carries LoRA: merge_lora", model.save_pretrained, tmp_path)
+    nalora.NALoRA(model, opt)
+    assert hooks(model, opt) == 4  # it took the first one off
+    layer.__class__ = type("Pissa", (type(layer),), {})
+    refuses("plain LoRA", save_adapter, model, tmp_path)
+    assert len(merge_lora(model)) == 6
 
 def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     nalora.write_files(tmp_path / "a" / "b", {"one": b"1", "two": b"2"})
@@ -704,25 +717,29 @@ def test_attention_is_causal_and_loss_is_the_mean_over_targets():
     close(found, logits[targets != -100])
     close(loss, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100))
 
-def write_llama(folder, model, drop=(), **changes):
-    """A whole model as Hugging Face writes it."""
-    weights = {n: t.clone() for n, t in model.state_dict().items() if n not in drop}
-    config = asdict(model.config) | {"model_type": "llama", "hidden_act": "silu"} | changes
-    nalora.write_files(folder, {"config.json": json.dumps(config).encode(),
-                                "model.safetensors": safetensors.torch.save(weights)})
-
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("rope", [
-    {"rope_theta": 5e5, "rope_scaling": None, "hidden_act": None},
+    {}, {"rope_theta": 5e5, "rope_scaling": None, "hidden_act": None},
     {"rope_theta": None, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}])
-def test_a_llama_is_read_in_both_rope_spellings(tmp_path, tied, rope):
+def test_a_saved_llama_is_read_again_in_both_rope_spellings(tmp_path, tied, rope):
     model = small_llama(tie_word_embeddings=tied, rope_theta=5e5, rms_norm_eps=1e-4, head_dim=6)
-    write_llama(tmp_path, model, ["lm_head.weight"] * tied, **rope)
+    model.half().save_pretrained(tmp_path)
+    config, file = tmp_path / "config.json", tmp_path / "model.safetensors"
+    assert json.loads(config.read_text()) == asdict(model.config) | {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "torch_dtype": "float16"}
+    assert ("lm_head.weight" in load_file(file)) == (not tied)
+    change_json(config, **rope)
     again = Llama.from_pretrained(tmp_path)
-    assert again.config == model.config and equal(model.state_dict(), again.state_dict())
+    assert again.config == model.config and equal(model.float().state_dict(), again.state_dict())
     assert {m.eps for m in again.modules() if isinstance(m, nn.RMSNorm)} == {1e-4}
     assert again.model.layers[1].self_attn.k_proj.weight.shape == (2 * 6, 32)
     assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied
+    inject_lora(model, ["lm_head"])
+    refuses("carries LoRA: merge_lora", model.save_pretrained, tmp_path / "new")
+    assert not (tmp_path / "new").exists() and merge_lora(model) == ["lm_head"]  # not tied now
+    model.save_pretrained(tmp_path)
+    assert not Llama.from_pretrained(tmp_path).config.tie_word_embeddings
 
 @pytest.mark.parametrize("drop, changes, message", [
     ([], {"model_type": "gemma"}, "model_type"), ([], {"hidden_act": "gelu"}, "gelu"),
@@ -733,7 +750,9 @@ def test_a_llama_is_read_in_both_rope_spellings(tmp_path, tied, rope):
     ([], {"hidden_size": 36}, "size mismatch"), ([], {"vocab_size": None}, "make no Llama"),
     (["model.embed_tokens.weight", "lm_head.weight"], {"tie_word_embeddings": True}, "no Llama")])
 def test_from_pretrained_refuses(tmp_path, drop, changes, message):
-    write_llama(tmp_path, small_llama(), drop, **changes)
+    small_llama().save_pretrained(tmp_path)
+    change_json(tmp_path / "config.json", **changes)
+    change_tensors(tmp_path / "model.safetensors", dict.fromkeys(drop))
     refuses(message, Llama.from_pretrained, tmp_path)
     (tmp_path / "model.safetensors").unlink()
     refuses("cannot be read", Llama.from_pretrained, tmp_path)
@@ -757,7 +776,7 @@ def test_nalora_is_short_and_defines_each_name_before_its_use():
             for name in [getattr(node, "module", None) or alias.name for alias in node.names]:
                 assert name.split(".")[0] in {"torch", "safetensors", *sys.stdlib_module_names}
 
-# ---- train_tiny.py (its command line, files and interruptions: data/test_runs.py) ----------------
+# ---- train_tiny.py (its settings, files and interruptions: data/test_runs.py) --------------------
 @pytest.fixture(scope="session")
 def random_base(tmp_path_factory):
     """A random base model that trains in no time."""
@@ -831,22 +850,6 @@ def test_every_method_runs_and_reports(base, tmp_path, capsys, method):
     succeeds(["--sample", "Ann has 3 apples.", "--out", run])
     assert capsys.readouterr().out.startswith("Ann has 3 apples.\n")
 
-def test_methods_and_optimizers_are_what_the_settings_say(base):
-    c = train_tiny.Config(keep=0.25, ema=0.5, stride=3, lr=0.5, weight_decay=0.25, beta2=0.75)
-    for method, parts in {"nalora": {}, "nalora-mask": {"scale": "none"}, "lora": None,
-                          "nalora-scale": {"mask": "none"}, "full": None, "pretrain": None}.items():
-        optimizer, steering = train_tiny.METHODS[method](Llama.from_pretrained(base), c)
-        groups = optimizer.param_groups
-        whole = method in ("full", "pretrain")
-        assert [g["weight_decay"] for g in groups] == ([0.25, 0.0] if whole else [0.25])
-        assert sum(len(g["params"]) for g in groups) == (20 if whole else 28)
-        assert [groups[0][k] for k in ("lr", "betas")] == [0.5, (0.9, 0.75)]
-        assert steering is None if parts is None else steering.config == NALoRAConfig(
-            keep=0.25, ema=0.5, stride=3, **parts)
-    sgd = train_tiny.make_optimizer([{"params": [nn.Parameter(torch.ones(2, 2))], "lr": 2.0}],
-                                    train_tiny.Config(optimizer="sgd", momentum=0.125))
-    assert [sgd.param_groups[0][k] for k in ("lr", "momentum")] == [2.0, 0.125]
-
 def test_the_training_loop_is_a_plain_one(base):
     c = train_tiny.Config(method="full", base=str(base), steps=6, batch_size=4, lr=2e-2, warmup=0.5)
     run = train_tiny.set_up(c)
@@ -880,7 +883,6 @@ def test_padding_is_shown_and_each_phase_has_its_mode(base, monkeypatch):
     assert len(train_tiny.test(run)) == 2 and not run.model.training
 
 def at_step(monkeypatch, at, act):
-    """Lets the training loop do something at a step."""
     rate = train_tiny.schedule
     monkeypatch.setattr(train_tiny, "schedule",
                         lambda c, step: act() if step == at else rate(c, step))

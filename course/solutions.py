@@ -1,11 +1,13 @@
 """The solutions of the lab (README.md). Read them after your own."""
+from math import erfc
+
 import numpy as np
 
-# ---- step 1: rho, phi' and kappa ---------------------------------------------
-def phi(activation, z):
-    """The activation of z: "silu", "gelu" (exact) or "relu"."""
-    return z * selection_weight(activation, z)
+def normal_cdf(z):
+    """P(X <= z) of a standard normal X. Given."""
+    return np.vectorize(erfc, otypes=[float])(-z / np.sqrt(2)) / 2
 
+# ---- step 1: rho, phi' and kappa ---------------------------------------------
 def selection_weight(activation, z):
     """rho(z) = phi(z) / z, shaped like z."""
     if activation == "silu":
@@ -14,13 +16,9 @@ def selection_weight(activation, z):
         return normal_cdf(z)
     return (z > 0).astype(z.dtype)
 
-def normal_cdf(z):
-    """P(X <= z) of a standard normal X, by the error function."""
-    return 0.5 * (1 + np.vectorize(_erf, otypes=[float])(z / np.sqrt(2)))
-
-def _erf(x):
-    from math import erf
-    return erf(x)
+def phi(activation, z):
+    """The activation of z, shaped like z. Given."""
+    return z * selection_weight(activation, z)
 
 def slope(activation, z):
     """phi'(z), shaped like z; ReLU has 0 at 0."""
@@ -78,15 +76,20 @@ def drift(before, masked, beta1=0.9, beta2=0.999):
 
 # ---- step 5: NA-LoRA ---------------------------------------------------------
 def start(width):
-    """The state before the first step, of one FFN with `width` gate channels."""
+    """The state before the first step, of one FFN with `width` gate channels. Given."""
     return {"importance": np.zeros(width), "mask": np.ones(width, bool), "k_hat": np.nan,
             "occupancy": np.nan, "scale": 1.0}
 
 def token_weights(real, step, stride):
     """1 for the tokens of a pass that are observed, else 0, (B, T). real (B, T): False is padding;
-    step: how many steps were taken."""
+    step: how many steps were taken. Tokens are numbered row by row, padding too. Given."""
     number = np.arange(real.size).reshape(real.shape)
     return ((number % stride == step % stride) & real).astype(float)
+
+def blend(before, after, factor):
+    """before + factor (after - before), exact where factor is 0 or 1. Given."""
+    return np.where(factor < 0.5, before + factor * (after - before),
+                    after - (after - before) * (1 - factor))
 
 def observe(activation, z, weight):
     """Sums over the tokens of weight 1 of z (T, F): score (F,), tokens, z_slope_phi, phi_phi,
@@ -120,11 +123,7 @@ def decide(state, sums, config):
     return {"importance": importance, "mask": mask, "k_hat": k_hat, "occupancy": occupancy,
             "scale": scale}
 
-def blend(before, after, factor):
-    """before + factor (after - before), exact where factor is 0 or 1."""
-    return np.where(factor < 0.5, before + factor * (after - before),
-                    after - (after - before) * (1 - factor))
-
+# ---- for vectors.py: a trace of training, on the functions above ---------------
 def trace(case, t):
     """Trains on a trace's W, A, B, x and its gradients; yields what each step left, by name."""
     ffns = range(case["ffns"])

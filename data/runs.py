@@ -2,6 +2,7 @@
 what is printed and drawn. Every file is written whole or not at all, and what was trained after the
 last checkpoint is trained again alike: a run may be killed at any time, and --resume ends
 bit-identical."""
+import copy
 import hashlib
 import io
 import json
@@ -13,7 +14,6 @@ from dataclasses import asdict, fields
 from itertools import pairwise
 from pathlib import Path
 
-import safetensors.torch
 import torch
 
 from data import problems
@@ -198,17 +198,9 @@ def load_checkpoint(run, out):
 
 def save_model(model, directory, dtype=None):
     """Writes a whole Llama as a Hugging Face checkpoint, in `dtype` if given."""
-    weights = {name: p.detach().to(dtype or p.dtype).contiguous()
-               for name, p in model.state_dict().items()}
-    tied = model.lm_head.weight is model.model.embed_tokens.weight
-    if tied:
-        del weights["lm_head.weight"]
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama",
-              **asdict(model.config), "hidden_act": "silu", "tie_word_embeddings": tied,
-              "torch_dtype": str(weights["model.norm.weight"].dtype).removeprefix("torch.")}
-    content = safetensors.torch.save(weights, {"format": "pt"})
-    write_files(directory, {"model.safetensors": content,
-                            "config.json": to_json(config)})
+    if dtype:
+        model = copy.deepcopy(model).to(dtype)
+    model.save_pretrained(directory)
 
 # ---- what is asked and shown of finished runs ----------------------------------------------------
 

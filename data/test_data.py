@@ -1,6 +1,9 @@
 """The executable specification of data/: its texts, problems.py and what runs.py shows."""
 import hashlib
+import itertools
+import json
 import math
+import random
 import re
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from safetensors.torch import load_file
 
 import train_tiny
 from data import make_data, problems, runs
-from nalora import Llama, LlamaConfig, State
+from nalora import Llama, LlamaConfig, NALoRAConfig, State
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -126,6 +129,50 @@ def test_answers_are_cut_at_the_end_read_and_counted():
                          ("The answer is 12.5.", None), ("The answer is 1,234.", None)):
         assert problems.final_answer(text) == answer
         assert problems.is_right({"answer": 24}, text) is (answer == 24)
+
+# ---- what pages say ------------------------------------------------------------------------------
+
+def page(name):
+    return (HERE / name).read_text(encoding="utf-8")
+
+def test_the_readme_of_data_begins_with_a_problem_and_tells_every_template():
+    text = page("data/README.md")
+    line = int(re.search(r"\(line (\d+) of `train.jsonl`\)", text)[1])
+    shown = re.findall(r"^(prompt|completion) +(.+)$", text, re.M)
+    problem = SPLITS["train"][line - 1]
+    assert shown == [(key, problem[key].strip()) for key in ("prompt", "completion")]
+    templates = {template.__name__: template for template in make_data.TEMPLATES}
+    for names, formulas in re.findall(r"^\| (`\w+_\w+`.*?) \|.*\| (a .*) \|$", text, re.M):
+        signs = [formula.replace("±", "{}") for formula in formulas.split(", ")]
+        told = [formula.format(*choice) for formula in signs
+                for choice in itertools.product("+-", repeat=formula.count("{}"))]
+        for name, formula in zip(re.findall(r"\w+", names), told, strict=True):
+            _, steps = templates.pop(name)(make_data.Scene(random.Random(0)), 50, 20, 7)
+            assert make_data.evaluate(*steps[1]) == eval(formula, {"a": 50, "b": 20, "c": 7}), name
+    assert not templates
+
+def test_the_readme_of_data_has_the_numbers_of_the_data():
+    text = page("data/README.md")
+    base = json.loads(page("evidence/results/toy/comparison.json"))["base"]
+    solved = [f"{base[key]:.1%} of" for key in ("arithmetic_accuracy", "test_exact_match")]
+    assert re.findall(r"\d+\.\d%  ?of", text) == solved
+    held_out = page("data/pretrain_val.txt").count("\n")
+    for words in (f"the {len(EQUATIONS):,} equations", f"| {held_out} documents",
+                  "{train:,}, {val} and {test} two-step".format(**make_data.SIZES)):
+        assert words in text
+
+def test_the_first_page_is_short_says_soon_that_it_does_not_help_and_links_to_what_exists():
+    text = page("README.md")
+    assert len(text.split()) <= 1800 and "Not in our tests" in " ".join(text.split()[:60])
+    for name in ("README.md", "data/README.md", "data/vectors/README.md"):
+        for path in re.findall(r"\]\((?!http|#)([^)#]+)", page(name)):
+            assert ((HERE / name).parent / path).exists(), (name, path)
+    lines = re.findall(r"\[`(\w+\.py)`\]\(.*\| (\d+) \|", text)
+    assert lines == [(name, str(page(name).count("\n"))) for name in ("nalora.py", "train_tiny.py")]
+    settings = re.search(r"NALoRAConfig\(.*?\)", text)[0]
+    assert eval(settings, {"NALoRAConfig": NALoRAConfig}) == NALoRAConfig()
+    fields = dict(re.findall(r"(\w+)=([^,)]+)", settings))
+    assert fields.keys() == vars(NALoRAConfig()).keys()
 
 # ---- runs.py -------------------------------------------------------------------------------------
 

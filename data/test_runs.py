@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn as nn
 
 import nalora
 import train_tiny
 from data import problems, runs
-from nalora import Llama, LlamaConfig
+from nalora import Llama, LlamaConfig, NALoRAConfig
 from test_nalora import arguments, at_step, result, succeeds
 
 HERE = Path(__file__).resolve().parent.parent
@@ -27,6 +28,22 @@ def refused(capsys, argv, message):
     assert train_tiny.main(list(map(str, argv))) == 2
     error = capsys.readouterr().err
     assert re.search(message, error) and error.count("\n") == 1, error
+
+def test_methods_and_optimizers_are_what_the_settings_say(base):
+    c = train_tiny.Config(keep=0.25, ema=0.5, stride=3, lr=0.5, weight_decay=0.25, beta2=0.75)
+    for method, parts in {"nalora": {}, "nalora-mask": {"scale": "none"}, "lora": None,
+                          "nalora-scale": {"mask": "none"}, "full": None, "pretrain": None}.items():
+        optimizer, steering = train_tiny.METHODS[method](Llama.from_pretrained(base), c)
+        groups = optimizer.param_groups
+        whole = method in ("full", "pretrain")
+        assert [g["weight_decay"] for g in groups] == ([0.25, 0.0] if whole else [0.25])
+        assert sum(len(g["params"]) for g in groups) == (20 if whole else 28)
+        assert [groups[0][k] for k in ("lr", "betas")] == [0.5, (0.9, 0.75)]
+        assert steering is None if parts is None else steering.config == NALoRAConfig(
+            keep=0.25, ema=0.5, stride=3, **parts)
+    sgd = train_tiny.make_optimizer([{"params": [nn.Parameter(torch.ones(2, 2))], "lr": 2.0}],
+                                    train_tiny.Config(optimizer="sgd", momentum=0.125))
+    assert [sgd.param_groups[0][k] for k in ("lr", "momentum")] == [2.0, 0.125]
 
 @pytest.mark.parametrize("flag", [
     "--seed 1", "--lr 0.01", "--batch-size 5", "--train-size 8", "--rank 2", "--alpha 4",

@@ -6,6 +6,9 @@ ours. Each is a row of a table below; `nalora.py` knows none of them.
             shuffled     the derivative mask, dealt to other rows by a fixed permutation
             random       fixed random rows
             redrawn      random rows, drawn anew at every step
+            turns        the next ceil(keep F) rows in order, from the first again after the last
+            credit       the rows of most credit: at every step a row earns credit in proportion to
+                         its importance, together as many as move, and each that moves pays 1
             none         every row
     scale   homogeneity  1 / k_hat per FFN: the method
             uniform      the mean of these over FFNs, for all of them
@@ -54,12 +57,32 @@ def random(control, ffn):
 def redrawn(control, ffn):
     return importance_mask(control.draw(ffn, control.steps), control.config.keep)
 
+def turns(control, ffn):
+    rows = torch.arange(len(ffn.state.mask), device=ffn.state.mask.device)
+    count = importance_mask(ffn.state.importance, control.config.keep).sum()
+    return (rows - control.steps * count) % len(rows) < count
+
+def credit(control, ffn):
+    mask, control.credit[ffn.name] = spend(control.credit[ffn.name], ffn.state.importance,
+                                           control.config.keep)
+    return mask
+
+def spend(credit, importance, keep):
+    """(mask, credit after it), (F,) each, of a step of `credit`; its sum stays."""
+    importance = importance.to(credit)
+    count = importance_mask(importance, keep).sum()
+    even = torch.full_like(credit, 1 / len(credit))
+    shares = torch.where(importance.sum() > 0, importance / importance.sum(), even)
+    earned = credit + count * shares
+    mask = importance_mask(earned, keep)
+    return mask, earned - mask.to(credit)
+
 def every_row(control, ffn):
     return torch.ones_like(ffn.state.mask)
 
 MASKS = {"derivative": derivative, "inverted": inverted, "shuffled": shuffled, "random": random,
-         "redrawn": redrawn, "none": every_row}
-BLIND_MASKS = ("random", "redrawn", "none")     # those that do not look at the gates
+         "redrawn": redrawn, "turns": turns, "credit": credit, "none": every_row}
+BLIND_MASKS = ("random", "redrawn", "turns", "none")    # those that do not look at the gates
 
 # ---- scales: functions of all homogeneity scales (FFNs,) -----------------------------------------
 
@@ -115,6 +138,8 @@ class Control(NALoRA):
     def __init__(self, model, optimizer, c):
         super().__init__(model, optimizer, NALoRAConfig(c.keep, c.ema, c.stride))
         self.choices = c
+        self.credit = {ffn.name: torch.zeros_like(ffn.state.importance, dtype=torch.float64)
+                       for ffn in self.ffns}
         if c.mask == "random":              # from the first step on
             for ffn in self.ffns:
                 ffn.state = ffn.state._replace(mask=random(self, ffn))
@@ -131,9 +156,8 @@ class Control(NALoRA):
 
     def decide(self, ffn):
         super().decide(ffn)
-        mask = MASKS[self.choices.mask](self, ffn)
-        nothing_yet = ffn.state.k_hat.isnan()       # then every row moves, as at the start
-        ffn.state = ffn.state._replace(mask=torch.where(nothing_yet, ffn.state.mask, mask))
+        if not ffn.state.k_hat.isnan():     # nothing seen yet: every row moves, as at the start
+            ffn.state = ffn.state._replace(mask=MASKS[self.choices.mask](self, ffn))
         if ffn is [f for f in self.ffns if f.sums is not None][-1]:
             self.share_scales()             # all have decided
 
@@ -145,6 +169,13 @@ class Control(NALoRA):
             scales = scales / scales.log().mean().exp()
         for ffn, scale in zip(self.ffns, scales):
             ffn.state = ffn.state._replace(scale=scale)
+
+    def state_dict(self):
+        return {**super().state_dict(), "credit": dict(self.credit)}
+
+    def load_state_dict(self, saved):
+        super().load_state_dict(saved)
+        self.credit = {name: t.to(self.credit[name]) for name, t in saved["credit"].items()}
 
     def row_factor(self, ffn):
         if self.choices.budget != "neutral":
@@ -191,6 +222,8 @@ PRESETS = {"nalora": {},
            "shuffled-mask": {"mask": "shuffled", "scale": "none"},
            "random-mask": {"mask": "random", "scale": "none"},
            "redrawn-mask": {"mask": "redrawn", "scale": "none"},
+           "turns-mask": {"mask": "turns", "scale": "none"},
+           "credit-mask": {"mask": "credit", "scale": "none"},
            "inverted-mask": {"mask": "inverted", "scale": "none"}}
 METHODS = {**train_tiny.METHODS, **dict.fromkeys(PRESETS, steered)}     # and those of peers.py
 set_up = partial(train_tiny.set_up, methods=METHODS, load=other_base.load)

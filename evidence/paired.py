@@ -41,10 +41,27 @@ def paired_difference(ours, theirs):
     return (mean, *bootstrap_interval(differences), sum(d * mean > 0 for d in differences))
 
 def base_name(comparison):
+    """What a page calls the base model, such as "toy"."""
     path = Path(comparison["base"]["path"])
-    return "toy" if path.parts[-2:] == ("data", "base") else path.name
+    name = "toy" if path.parts[-2:] == ("data", "base") else path.name
+    return {"smollm2": "SmolLM2"}.get(name, name)
 
 def sweep_title(comparison):
     """What a column or a panel of several sweeps is headed by, such as "toy, AdamW"."""
     sgd = comparison["configuration"]["optimizer"] == "sgd"
     return f"{base_name(comparison)}, {'SGD' if sgd else 'AdamW'}"
+
+def joined(comparisons):
+    """One comparison of several that share base, settings and seeds; a variant that is in two is
+    the first's. ValueError if they share them not."""
+    first = comparisons[0]
+    for other in comparisons[1:]:
+        for key in ("steps", "batch_size", "targets", "optimizer", "train_size"):
+            if other["configuration"][key] != first["configuration"][key]:
+                raise ValueError(f"Comparisons that differ in {key} cannot be joined.")
+    result = {**first, "variants": {}, "rows": []}
+    for comparison in comparisons:
+        new = [label for label in comparison["variants"] if label not in result["variants"]]
+        result["variants"] |= {label: comparison["variants"][label] for label in new}
+        result["rows"] += [row for row in comparison["rows"] if row["variant"] in new]
+    return result

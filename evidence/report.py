@@ -16,7 +16,9 @@ from data.runs import read_json
 from evidence import figures
 from evidence.common import relative, write_text
 from evidence.controls import BLIND_MASKS, PRESETS
-from evidence.paired import COLUMNS, DIFFERENCES, by_seed, paired_difference, sweep_title
+from evidence.figures import in_words
+from evidence.paired import (COLUMNS, DIFFERENCES, base_name, by_seed, joined, paired_difference,
+                             sweep_title)
 from evidence.peers import PEERS
 
 HERE = relative(Path(__file__).resolve().parent)
@@ -26,6 +28,8 @@ CONTROLS = {"nalora": ["nalora-shuffled", "random-mask", "random-uniform"],
             "nalora-neutral": ["nalora"],
             "nalora-mask": ["shuffled-mask", "random-mask", "redrawn-mask", "inverted-mask"],
             "redrawn-mask": ["shuffled-mask", "random-mask"],
+            "turns-mask": ["redrawn-mask"],
+            "credit-mask": ["turns-mask", "nalora-mask"],
             "nalora-scale": ["uniform-scale"],
             **{peer: ["nalora"] for peer in PEERS},
             **{f"nalora-{peer}": [peer] for peer in PEERS}}
@@ -80,8 +84,10 @@ def mean_and_deviation(values, digits):
     return text if len(values) < 2 else f"{text} ± {statistics.stdev(values):.{digits}f}"
 
 def markdown_table(header, rows):
+    """A | in a cell, such as of |φ'|, does not end it."""
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    lines = [[str(cell).replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 def about(comparison):
     """What was compared, in one sentence, and on which machine."""
@@ -115,7 +121,7 @@ def tables(comparison):
             rate = rate_text(variants[label]) if label in variants else ""
             values = [mean_and_deviation(by_seed(comparison, label, k).values(), digits)
                       for k, (_, digits) in columns.items()]
-            lines.append([label + diverged_text(rows, label), rate, *values])
+            lines.append([in_words(label) + diverged_text(rows, label), rate, *values])
         titles = [title for title, _ in columns.values()]
         text[name] = markdown_table(["", "lr", *titles], lines)
     if len(comparison["seeds"]) > 1:
@@ -127,16 +133,23 @@ def tables(comparison):
 def difference_table(comparison):
     columns = measured(comparison, DIFFERENCES)
     lines = []
-    for label, own in comparison["variants"].items():
+    for label in comparison["variants"]:
         for other in references(comparison, label):
-            line = [f"{label} - {other}"]
+            line = [pair_in_words(label, other)]
             for k, (_, digits) in columns.items():
-                ours = by_seed(comparison, label, k)
-                if own["method"] == "full" and k == "misalignment":
-                    ours = {}               # 0 by definition: not a result
-                line.append(describe(ours, by_seed(comparison, other, k), digits))
+                line.append(describe(outcome_by_seed(comparison, label, k),
+                                     outcome_by_seed(comparison, other, k), digits))
             lines.append(line)
     return markdown_table(["", *(title for title, _ in columns.values())], lines)
+
+def outcome_by_seed(comparison, label, column):
+    """by_seed, but full fine-tuning has no M: it is 0 by definition, not a result."""
+    if column == "misalignment" and comparison["variants"][label]["method"] == "full":
+        return {}
+    return by_seed(comparison, label, column)
+
+def pair_in_words(ours, theirs):
+    return f"{in_words(ours)} − {in_words(theirs)}"
 
 def cost_table(comparison):
     lines = []
@@ -145,7 +158,7 @@ def cost_table(comparison):
                if row["variant"] == label and "diverged" not in row]
         if own:
             memory = statistics.median(row["peak_memory_mb"] for row in own)
-            lines.append([label, f"{own[0]['trainable_parameters']:,}",
+            lines.append([in_words(label), f"{own[0]['trainable_parameters']:,}",
                           f"{comparison['step_time'][label]:.2f}", f"{memory:,.0f}",
                           f"{own[0]['file_bytes'] / 1e3:,.0f}"])
     return markdown_table(["", "trainable parameters", "step time / LoRA", "peak memory (MB)",
@@ -170,7 +183,7 @@ def sweep_table(comparisons, column):
                         text = f"({text})"
                     elif agree == len(seeds):
                         text = f"**{text}**"
-                    cells = pairs.setdefault(f"{own['spec']} - {theirs['spec']}", {})
+                    cells = pairs.setdefault(pair_in_words(own["spec"], theirs["spec"]), {})
                     cells[f"{sweep_title(c)} {value.partition('=')[2]}"] = text
     headings = list(dict.fromkeys(heading for cells in pairs.values() for heading in cells))
     lines = [[pair, *(cells.get(heading, "") for heading in headings)]
@@ -206,32 +219,113 @@ def tuning_text(comparison):
             f"with seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}")
 
 def markdown(comparison):
+    """comparison.md: all tables of a comparison."""
     captions = {
         "differences": "Paired differences, mean over seeds [95 % bootstrap interval]:\n\n",
         "costs": "Step time: median of few pairs of steps. Peak memory: of the whole run with its "
-        "evaluation. For either alone there is --bench.\n\n"}
+        "evaluation. For either alone there is evidence.bench.\n\n"}
     parts = [captions.get(name, "") + table for name, table in tables(comparison).items()]
+    if comparison["sweep"] and len(comparison["seeds"]) > 1:
+        for column, (title, _) in measured(comparison, DIFFERENCES).items():
+            parts.append(f"The same differences in {title}, side by side. Bold: all seeds agree in "
+                         "the sign; in brackets: no difference seen.\n\n"
+                         + sweep_table([comparison], column))
     return "\n\n".join(parts) + "\n"
 
-def with_tables(text, results):
-    """The text with everything between <!-- TABLE of NAME --> and <!-- end --> made anew from
-    results/NAME/comparison.json or bench.json; <!-- COLUMN of NAME NAME ... --> makes a
-    `sweep_table`."""
-    def block(found):
-        names = found[3].split()
-        measured = results / names[0] / "bench.json"
-        if found[2] in DIFFERENCES:
-            sweeps = [read_json(results / name / "comparison.json") for name in names]
-            made = {found[2]: sweep_table(sweeps, found[2])}
-        elif measured.exists():
-            made = bench_tables(read_json(measured))
-        else:
-            made = tables(read_json(measured.with_name("comparison.json")))
-        if found[2] not in made:
-            raise ValueError(f"{found[1]}: there is no such table; choose among {', '.join(made)}.")
-        return f"{found[1]}\n{made[found[2]]}\n<!-- end -->"
+# ---- tables of a page, as its comments ask for them ----------------------------------------------
 
-    return re.sub(r"(<!-- (\w+) of ([\w -]+) -->)\n.*?<!-- end -->", block, text, flags=re.S)
+def find(comparison, spec, value):
+    """The label of a method at a value of the sweep, or None."""
+    for label, v in comparison["variants"].items():
+        if v["spec"] == spec and v["value"] in (None, value):
+            return label
+
+def by_value(comparisons):
+    """[(heading, comparison, value)]: a column of a page's table each. Sweeps of the same base and
+    optimizer are joined."""
+    found = []
+    titles = dict.fromkeys(map(sweep_title, comparisons))
+    for title in titles:
+        comparison = joined([c for c in comparisons if sweep_title(c) == title])
+        values = dict.fromkeys(v["value"] for v in comparison["variants"].values())
+        for value in [v for v in values if v is not None] or [None]:
+            heading = base_name(comparison)
+            if value is not None:
+                heading = setting_in_words(comparison["sweep"], value)
+                if len(titles) > 1:
+                    heading = f"{title}, {heading}"
+            found.append((heading, comparison, value))
+    return found
+
+def setting_in_words(sweep, value):
+    """"keep=0.1" is "keep 0.1"; the empty value of a sweep over examples is "all examples"."""
+    number = value.partition(",")[0].partition("=")[2] or figures.ALL_VALUES[sweep]
+    return f"{number} examples" if sweep == "train-size" else f"{sweep} {number}"
+
+def loss_table(comparisons, specs):
+    """Markdown: validation losses, mean and standard deviation over seeds, a row per method."""
+    columns = by_value(comparisons)
+    lines = []
+    for spec in specs:
+        labels = [find(c, spec, value) for _, c, value in columns]
+        losses = [by_seed(c, label, "val_loss").values()
+                  for label, (_, c, _) in zip(labels, columns)]
+        lines.append([in_words(spec), *(mean_and_deviation(x, 4) for x in losses)])
+    return markdown_table(["", *(heading for heading, _, _ in columns)], lines)
+
+def pair_table(comparisons, outcomes, pairs):
+    """Markdown: paired differences, a row per pair of methods and a column per outcome."""
+    columns = [(heading, c, value, outcome) for heading, c, value in by_value(comparisons)
+               for outcome in outcomes]
+    lines = []
+    for ours, theirs in pairs:
+        line = [pair_in_words(ours, theirs)]
+        for _, c, value, outcome in columns:
+            x, y = (outcome_by_seed(c, find(c, spec, value), outcome) for spec in (ours, theirs))
+            line.append(describe(x, y, DIFFERENCES[outcome][1]))
+        lines.append(line)
+    titles = [heading for heading, _, _, _ in columns]
+    if len(titles) == len(outcomes):        # of one comparison
+        titles = [DIFFERENCES[outcome][0] for outcome in outcomes]
+    return markdown_table(["", *titles], lines)
+
+def speed_table(benches):
+    """Markdown: step time and memory of each contestant beside LoRA's, a column per base."""
+    names = [Path(b["configuration"]["base"]).name.replace("base", "toy") for b in benches]
+    names = [{"smollm2": "SmolLM2"}.get(name, name) for name in names]
+    lines = []
+    for row in benches[0]["rows"]:
+        rows = [next(r for r in b["rows"] if r["name"] == row["name"]) for b in benches]
+        lines.append([in_words(row["name"]),
+                      *(f"{spread(r['step_ms'], 0)} ms, {spread(r['ratio'], 2)}" for r in rows),
+                      *(f"{r['peak_memory_mb'][1]:,.0f}" for r in rows)])
+    return markdown_table(["", *(f"{name}: a step, and its time / LoRA's" for name in names),
+                           *(f"{name}: peak memory (MB)" for name in names)], lines)
+
+def page_table(kind, names, what, results):
+    """The Markdown that <!-- KIND of NAME NAME ...: WHAT --> asks for."""
+    if kind == "speed":
+        return speed_table([read_json(results / name / "bench.json") for name in names])
+    comparisons = [read_json(results / name / "comparison.json") for name in names]
+    if kind == "about":
+        return about(comparisons[0])
+    if kind == "losses":
+        return loss_table(comparisons, what.split("; "))
+    outcomes = kind.split(", ")
+    if not set(outcomes) <= set(DIFFERENCES):
+        raise ValueError(f"<!-- {kind} of ... -->: there is no such table; choose among about, "
+                         f"losses, speed, {', '.join(DIFFERENCES)}.")
+    return pair_table(comparisons, outcomes, [pair.split(" - ") for pair in what.split("; ")])
+
+TABLES = re.compile(r"(<!-- ([\w, ]+) of ([\w -]+?)(?:: ([^>]*))? -->)\n.*?<!-- end -->", re.S)
+
+def with_tables(text, results):
+    """The text with everything between <!-- KIND of NAME ... --> and <!-- end --> made anew."""
+    def block(found):
+        comment, kind, names, what = found.groups()
+        return f"{comment}\n{page_table(kind, names.split(), what, results)}\n<!-- end -->"
+
+    return TABLES.sub(block, text)
 
 def report(results, readme):
     """Draws the figures of the comparisons in `results` and makes the README's tables anew, all
@@ -252,10 +346,7 @@ def report(results, readme):
              if {"full", "nalora"} <= set(c["variants"]) and not c["sweep"]}
     whole = sorted(whole.values(), key=count_layers)
     figures.draw_homogeneity(whole, results / "homogeneity.png")
-    over_keep = [c for c in comparisons.values() if c["sweep"] == "keep"]
-    figures.draw_sweeps(over_keep, results / "keep.png")
-    toys = [c for c in over_keep if c["base"]["path"] == "data/base"]
-    figures.draw_sweeps(toys, results / "masks.png", ["val_loss"], figures.README_MASKS)
+    figures.draw_keep([c for c in comparisons.values() if c["sweep"] == "keep"], results)
     text = with_tables(readme.read_text(encoding="utf-8"), results)
     write_text(readme, text)
     print(f"{readme} and the figures in {results} are made anew from {', '.join(comparisons)}.")

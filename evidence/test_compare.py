@@ -87,8 +87,8 @@ def test_compare_writes_tables_and_figures(comparison):
     assert len(floor) == 2 and all(row["misalignment"] > 0 for row in floor)
     assert (comparison / "comparison.csv").read_text().count("\n") == 15
     text = (comparison / "comparison.md").read_text()
-    assert "nalora - random-mask" in text and "nalora - lora" in text
-    assert re.search(r"\| lora \| 0\.01 \(highest\) \| \d\.\d{4} ± ", text)
+    assert "NA-LoRA − random mask" in text and "NA-LoRA − LoRA" in text
+    assert re.search(r"\| LoRA \| 0\.01 \(highest\) \| \d\.\d{4} ± ", text)
     for figure in ("differences", "alignment", "at_work", "training", "homogeneity"):
         assert (comparison / f"{figure}.png").exists()
 
@@ -127,7 +127,7 @@ def test_neighbours_are_compared_as_they_were_trained(base, tmp_path):
         assert 0 < row["misalignment"] < 3 and math.isfinite(row["shift_cosine"])
         assert math.isfinite(row["weight_cosine"]) or method == "nora"
     table = report.tables(result)["differences"]
-    for pair in ("nora - nalora", "nalora-dora - dora", "pissa - lora"):
+    for pair in ("NoRA − NA-LoRA", "NA-LoRA on DoRA − DoRA", "PiSSA − LoRA"):
         assert f"| {pair} |" in table
 
 def test_a_data_file_of_ones_own(base, tmp_path):
@@ -187,13 +187,13 @@ def test_a_judged_run_that_diverges_is_told_and_left_out(base, tmp_path, monkeyp
     assert compare.main(comparison_arguments(base, tmp_path, *flags)) == 0
     result = result_of(tmp_path)
     text = report.markdown(result)
-    assert "| lora (1 of 3 seeds diverged) |" in text
-    assert "| full (1 of 3 seeds diverged) |" in text
+    assert "| LoRA (1 of 3 seeds diverged) |" in text
+    assert "| full fine-tuning (1 of 3 seeds diverged) |" in text
     assert (tmp_path / "differences.png").exists()
     assert sorted(paired.by_seed(result, "lora", "val_loss")) == [0, 2]
     assert sorted(paired.by_seed(result, "nalora", "misalignment")) == [0, 1]
-    assert re.search(r"\| nalora - lora \| [+-]", text)
-    assert re.search(r"\| full - lora \| - \|", text)
+    assert re.search(r"\| NA-LoRA − LoRA \| [+-]", text)
+    assert re.search(r"\| full fine-tuning − LoRA \| - \|", text)
 
 # ---- variants and tables -------------------------------------------------------------------------
 
@@ -267,18 +267,60 @@ def sweep(base, optimizer, losses):
     rows = [{"variant": label, "seed": seed, "val_loss": loss}
             for label, values in losses.items() for seed, loss in enumerate(values)]
     return {"variants": variants, "base": {"path": base}, "rows": rows,
-            "configuration": {"optimizer": optimizer}}
+            "configuration": {"optimizer": optimizer}, "sweep": "keep"}
+
+TOY = sweep("/somewhere/data/base", "adamw", {
+    "lora": [1, 1, 1], "nalora-mask:keep=0.1": [2, 3, 4], "nalora-mask:keep=0.5": [0.5, 2, 1],
+    "random-mask:keep=0.1": [1, 4, 3.5]})
+REAL = sweep("smollm2", "sgd", {"lora": [1, 1, 1], "nalora-mask:keep=0.5": [1.5, 1.5, 1]})
 
 def test_the_table_of_sweeps():
-    toy = sweep("/somewhere/data/base", "adamw", {
-        "lora": [1, 1, 1], "nalora-mask:keep=0.1": [2, 3, 4], "nalora-mask:keep=0.5": [0.5, 2, 1],
-        "random-mask:keep=0.1": [1, 4, 3.5]})
-    real = sweep("smollm2", "sgd", {"lora": [1, 1, 1], "nalora-mask:keep=0.5": [1.5, 1.5, 1]})
-    assert report.sweep_table([toy, real], "val_loss") == "\n".join([
-        "|  | toy, AdamW 0.1 | toy, AdamW 0.5 | smollm2, SGD 0.5 |", "| --- | --- | --- | --- |",
-        "| nalora-mask - lora | **+2.0000** | (+0.1667) | (+0.3333) |",
-        "| nalora-mask - random-mask | (+0.1667) |  |  |",
-        "| random-mask - lora | (+1.8333) |  |  |"])
+    assert report.sweep_table([TOY, REAL], "val_loss") == "\n".join([
+        "|  | toy, AdamW 0.1 | toy, AdamW 0.5 | SmolLM2, SGD 0.5 |", "| --- | --- | --- | --- |",
+        "| derivative mask − LoRA | **+2.0000** | (+0.1667) | (+0.3333) |",
+        "| derivative mask − random mask | (+0.1667) |  |  |",
+        "| random mask − LoRA | (+1.8333) |  |  |"])
+
+def test_the_tables_of_a_page():
+    assert report.loss_table([TOY], ["lora", "random-mask"]) == "\n".join([
+        "|  | keep 0.1 | keep 0.5 |", "| --- | --- | --- |",
+        "| LoRA | 1.0000 ± 0.0000 | 1.0000 ± 0.0000 |", "| random mask | 2.8333 ± 1.6073 | - |"])
+    assert report.pair_table([REAL], ["val_loss"], [("nalora-mask", "lora")]) == "\n".join([
+        "|  | keep 0.1 | keep 0.5 |", "| --- | --- | --- |",
+        "| derivative mask − LoRA | - | +0.3333 [+0.0000, +0.5000] no difference seen |"])
+    heading = report.loss_table([TOY, REAL], ["lora"]).splitlines()[0]
+    assert heading == ("|  | toy, AdamW, keep 0.1 | toy, AdamW, keep 0.5 | SmolLM2, SGD, keep 0.1 "
+                       "| SmolLM2, SGD, keep 0.5 |")
+    assert report.setting_in_words("train-size", "") == "all examples"
+    assert report.markdown_table(["by |ρ'|"], [[1]]) == "| by \\|ρ'\\| |\n| --- |\n| 1 |"
+
+def test_full_fine_tuning_has_no_misalignment_of_its_own():
+    rows = [{"variant": label, "seed": seed, "misalignment": seed, "val_loss": 1}
+            for label in ("full", "lora") for seed in range(3)]
+    whole = {"variants": {label: variant(label) for label in ("full", "lora")}, "rows": rows,
+             "sweep": None, "base": {"path": "data/base"}, "configuration": {"optimizer": "adamw"}}
+    table = report.pair_table([whole], ["val_loss", "misalignment"], [("full", "lora")])
+    assert table.startswith("|  | validation loss | misalignment M |\n")
+    assert table.endswith("| +0.0000 [+0.0000, +0.0000] no difference seen | - |")
+
+def test_only_comparisons_of_the_same_settings_are_joined():
+    settings = {"steps": 1, "batch_size": 2, "targets": [], "optimizer": "adamw",
+                "train_size": None}
+    one = {**TOY, "configuration": settings}
+    more = sweep("/somewhere/data/base", "adamw", {"lora": [9, 9, 9], "turns-mask": [7, 8, 9]})
+    more["variants"]["turns-mask"] = variant("turns-mask")
+    more["configuration"] = settings
+    both = paired.joined([one, more])
+    assert paired.by_seed(both, "lora", "val_loss") == {0: 1, 1: 1, 2: 1}       # the first's
+    assert paired.by_seed(both, "turns-mask", "val_loss") == {0: 7, 1: 8, 2: 9}
+    assert len(both["rows"]) == len(TOY["rows"]) + 3
+    table = report.loss_table([one, more], ["random-mask", "turns-mask"])
+    assert "| turns mask | 8.0000 ± 1.0000 | 8.0000 ± 1.0000 |" in table
+    assert "| random mask | 2.8333 ± 1.6073 | - |" in table
+    for key in settings:
+        other = {**more, "configuration": {**settings, key: "other"}}
+        with pytest.raises(ValueError, match=f"differ in {key}"):
+            paired.joined([one, other])
 
 @pytest.mark.parametrize("flags, message", [
     ("--methods ia3", "'ia3' names no method"), ("--methods pretrain", "names no method"),

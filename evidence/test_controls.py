@@ -32,7 +32,8 @@ def all_of(control, key):
     return [getattr(ffn.state, key) for ffn in control.ffns]
 
 @pytest.mark.parametrize("choices", [{"budget": "neutral"}, {"mask": "random"},
-                                     {"mask": "redrawn"}, {"mask": "shuffled"}, {"mask": "none"}])
+                                     {"mask": "redrawn"}, {"mask": "shuffled"}, {"mask": "none"},
+                                     {"mask": "turns"}, {"mask": "credit"}])
 def test_switched_off_a_control_is_lora_bit_for_bit(choices):
     plain, plain_opt = start()
     model, opt, _ = start_control(keep=1.0, scale="none", **choices)
@@ -371,6 +372,8 @@ def test_presets_are_what_they_are_called():
                 "shuffled-mask": ("shuffled", "none", "raw"),
                 "random-mask": ("random", "none", "raw"),
                 "redrawn-mask": ("redrawn", "none", "raw"),
+                "turns-mask": ("turns", "none", "raw"),
+                "credit-mask": ("credit", "none", "raw"),
                 "inverted-mask": ("inverted", "none", "raw"),
                 "uniform-scale": ("none", "uniform", "raw"),
                 "random-uniform": ("random", "uniform", "raw")}

@@ -3,12 +3,12 @@ import importlib.util
 import json
 import math
 import re
-import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.patches import Rectangle
 
 import nalora
 import train_tiny
@@ -59,73 +59,129 @@ def test_the_figure_of_activations(monkeypatch):
     texts = {text.get_text().split(":")[0]: text.get_position() for text in kappa.texts}
     assert texts["κ > 1"][0] > 0 and texts["κ > 1"][1] > 1
     assert texts["κ < 1"][0] < 0 and texts["κ < 1"][1] < 1
+    driven = {ax.get_title().split()[0]: text.get_text() for ax in axes for text in ax.texts
+              if text.get_text().startswith("drives")}
+    assert driven == {"slope": "drives the mask", "homogeneity": "drives the scale"}
 
 def test_the_board_figure_shows_rows_that_move_and_rows_that_do_not(monkeypatch):
     (ax,) = figure_of(monkeypatch, board.draw_board).axes
-    rows = [patch for patch in ax.patches if patch.get_height() < 0.3]
+    boxes = [patch for patch in ax.patches if isinstance(patch, Rectangle)]
+    rows = [patch for patch in boxes if patch.get_height() == 0.3]
     colours = [patch.get_facecolor() for patch in rows]
+    hatched = [bool(patch.get_hatch()) for patch in rows]
     assert len(rows) == 24 and len(set(colours[:8])) == 2 and len(set(colours[8:])) == 1
-    assert colours[8] in colours[:8]
-    said = " ".join(text.get_text() for text in ax.texts)
-    for word in ("W_{gate}", "W_{up}", "W_{down}", "φ'(z)", "1/k̂", "optimizer.step()"):
-        assert word in said
+    assert colours[8] in colours[:8] and not any(hatched[8:])
+    assert hatched == [colour != colours[8] for colour in colours]
+    frozen = [patch.get_facecolor() for patch in boxes if patch.get_height() == 2.4]
+    assert len(frozen) == 3 and len({*frozen, *colours}) == 3       # one meaning for each colour
+    texts = [(text.get_text(), *text.get_position()) for text in ax.texts]
+    A, B = ([x for text, x, _ in texts if text == name] for name in "AB")
+    assert len(A) == len(B) == 3 and all(b < a for a, b in zip(A, B))   # W + B A
+    said = [text for text, *_ in texts]
+    assert [said.count(n) for n in "123"] == [2, 2, 4]              # in the picture and under it
+    for word in ("W_{gate}", "W_{up}", "W_{down}", "φ'(z)", "1/k̂", "after every step"):
+        assert word in " ".join(said)
 
 def test_the_figure_of_differences(monkeypatch):
     toy = committed("toy")
-    figure = figure_of(monkeypatch, figures.draw_differences, toy)
-    labels = [label for label in toy["variants"] if label != "lora"][::-1]
-    colours = set()
-    for ax, column in zip(figure.axes, paired.DIFFERENCES):
-        lora = paired.by_seed(toy, "lora", column)
-        means = {line.get_ydata()[0]: line for line in ax.get_lines()
-                 if len(line.get_xdata()) == 1 and line.get_marker() == "o"}
-        for y, label in enumerate(labels):
-            if y in means:
-                own = paired.by_seed(toy, label, column)
-                mean, low, high, _ = paired.paired_difference(own, lora)
-                assert means[y].get_xdata()[0] == pytest.approx(mean)
-                better = (mean > 0) == (column in paired.HIGHER_IS_BETTER)
-                colour = "#999999" if low <= 0 <= high else "#0072B2" if better else "#D55E00"
-                assert means[y].get_color() == colour
-                colours.add(colour)
-        better = "better →" if column in paired.HIGHER_IS_BETTER else "← better"
-        assert ax.get_xlabel().endswith(better)
-        assert means and ax.get_title() == paired.DIFFERENCES[column][0]
-    assert len(colours) == 3
-    shown = [text.get_text() for text in figure.axes[0].get_yticklabels()]
-    assert shown == list(map(figures.in_words, labels))
+    (ax,) = figure_of(monkeypatch, figures.draw_differences, toy).axes
+    pairs = figures.shown_pairs(toy["variants"])[::-1]
+    assert len(pairs) == 7
+    means = {line.get_ydata()[0]: line for line in ax.get_lines()
+             if len(line.get_xdata()) == 1 and line.get_marker() == "o"}
+    ticks = [line for line in ax.get_lines() if line.get_marker() == "|" and len(line.get_xdata())
+             == 5]
+    for y, pair in enumerate(pairs):
+        ours, theirs = (paired.by_seed(toy, label, "val_loss") for label in pair)
+        mean, low, high, _ = paired.paired_difference(ours, theirs)
+        assert means[y].get_xdata()[0] == pytest.approx(mean)
+        assert sorted(ticks[y].get_xdata()) == pytest.approx(sorted(ours[s] - theirs[s]
+                                                                    for s in ours))
+        colour = "#999999" if low <= 0 <= high else "#0072B2" if mean < 0 else "#D55E00"
+        assert means[y].get_color() == colour
+    assert {line.get_color() for line in means.values()} == {"#999999", "#D55E00"}
+    shown = [text.get_text() for text in ax.get_yticklabels()]
+    assert shown == [report.pair_in_words(*pair) for pair in pairs]
+    assert "validation loss" in ax.get_xlabel() and "← the first is better" in ax.get_xlabel()
 
-def test_figures_speak_in_words():
-    assert figures.in_words("nalora-mask:score=rho_prime") == "mask alone, by |ρ'|"
+def test_a_figure_of_few_pairs_shows_all_methods_beside_lora():
+    few = figures.shown_pairs(dict.fromkeys(("full", "lora", "nalora", "random-mask")))
+    assert few == [("nalora", "lora"), ("full", "lora"), ("random-mask", "lora")]
+    assert figures.shown_pairs({"nalora:keep=1": 0}) == []
+
+def test_pages_and_figures_speak_in_words():
+    assert figures.in_words("nalora-mask:score=rho_prime") == "derivative mask, by |ρ'|"
     assert figures.in_words("nalora-dora") == "NA-LoRA on DoRA"
     assert figures.in_words("lora:rank=2,alpha=4") == "LoRA, rank 2, alpha 4"
-    assert all(figures.in_words(method) != method for method in compare.METHODS)
+    assert figures.in_words("full, another seed") == "full fine-tuning, another seed"
+    words = {method: figures.in_words(method) for method in compare.METHODS}
+    assert all(method != word for method, word in words.items())
+    assert len(set(words.values())) == len(words)       # one control, one name
+
+def losses(comparison, method):
+    return [np.mean(list(paired.by_seed(comparison, f"{method}:keep={k}", "val_loss").values()))
+            for k in (0.05, 0.1, 0.25, 0.5)]
 
 def test_the_figure_of_a_sweep(monkeypatch):
-    sweep = committed("keep-adamw")
-    ax = figure_of(monkeypatch, figures.draw_one_sweep, sweep).axes[0]
-    line = next(line for line in ax.get_lines() if line.get_label() == "mask alone, by |φ'|")
-    losses = [paired.by_seed(sweep, f"nalora-mask:keep={k}", "val_loss")
-              for k in (0.05, 0.1, 0.25, 0.5)]
-    np.testing.assert_allclose(line.get_ydata(), [np.mean(list(x.values())) for x in losses])
-    lines = [line for line in ax.get_lines() if len(line.get_xdata()) == 4]
-    assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(lines) > 5
+    rank = committed("rank")
+    left, right = figure_of(monkeypatch, figures.draw_one_sweep, rank).axes
+    for ax, column in ((left, "val_loss"), (right, "misalignment")):
+        lines = {line.get_label(): line for line in ax.get_lines()}
+        labels = [f"nalora:rank={r},alpha={2 * r}" for r in (1, 4, 16)]
+        means = [np.mean(list(paired.by_seed(rank, label, column).values())) for label in labels]
+        np.testing.assert_allclose(lines["NA-LoRA"].get_ydata(), means)
+    assert [text.get_text() for text in left.get_xticklabels()] == ["1", "4", "16"]
+    assert left.get_xlabel() == "rank" and right.get_ylabel() == "misalignment M"
 
-    def draw(path):                         # README's: loss alone
-        figures.draw_sweeps([sweep], path, ["val_loss"], figures.README_MASKS)
+def test_the_figures_over_keep(monkeypatch, tmp_path):
+    """Each file with its panels; curves by their data, legends in words."""
+    found = {}
 
-    (one,) = figure_of(monkeypatch, draw).axes
-    labels = {line.get_label() for line in one.get_lines() if line.get_label()[0] != "_"}
-    assert labels == {figures.in_words(method) for method in figures.README_MASKS}
+    def keep(figure, path):
+        found[path] = figure
+
+    monkeypatch.setattr(figures, "save_figure", keep)
+    names = ("keep-adamw", "turns", "keep-sgd", "real-gate")
+    adamw, turns, sgd, real = comparisons = [committed(name) for name in names]
+    figures.draw_keep(comparisons, tmp_path)
+    assert {path.name for path in found} == set(figures.KEEP)
+    (ax,) = found[tmp_path / "masks.png"].axes
+    lines = {line.get_label(): line for line in ax.get_lines()}
+    for method, comparison in (("nalora-mask", adamw), ("turns-mask", turns)):
+        np.testing.assert_allclose(lines[figures.in_words(method)].get_ydata(),
+                                   losses(comparison, method))
+    lora = np.mean(list(paired.by_seed(adamw, "lora", "val_loss").values()))
+    assert set(lines["LoRA"].get_ydata()) == {lora}
+    (legend,) = found[tmp_path / "masks.png"].legends
+    said = [text.get_text() for text in legend.get_texts()]
+    assert said == list(figures.ROWS.values()) and len(lines) == 5
+    for method, text in figures.ROWS.items():
+        assert text.startswith(figures.in_words(method) + ":")
+    left, right = found[tmp_path / "keep.png"].axes
+    lines = {line.get_label(): line for line in left.get_lines()}
+    np.testing.assert_allclose(lines["redrawn mask"].get_ydata(), losses(sgd, "redrawn-mask"))
+    dots = [bar.lines[0].get_ydata()[0] for bar in right.containers]
+    shown = figures.KEEP["keep.png"][1]["SmolLM2, AdamW"]
+    labels = [spec if spec == "lora" else f"{spec}:keep=0.1" for spec in shown]
+    means = [np.mean(list(paired.by_seed(real, label, "val_loss").values())) for label in labels]
+    np.testing.assert_allclose(dots, means)
+    assert [text.get_text() for text in right.get_xticklabels()] == list(map(figures.in_words,
+                                                                             shown))
+    for figure in found.values():
+        for ax in figure.axes:
+            lines = [line for line in ax.get_lines() if len(line.get_xdata()) == 4]
+            assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(lines)
 
 def test_the_figures_of_training_alignment_and_homogeneity(monkeypatch):
     toy = committed("toy")
     histories = [row["history"] for row in toy["rows"] if row["variant"] == "nalora"]
-    k_hat, scale = figure_of(monkeypatch, figures.draw_training, toy).axes
-    for ax, column in ((k_hat, 1), (scale, 2)):
-        for i in range(4):
-            expected = np.mean([[record[column][i] for record in h] for h in histories], axis=0)
-            np.testing.assert_allclose(ax.get_lines()[i].get_ydata(), expected)
+    (ax,) = figure_of(monkeypatch, figures.draw_training, toy).axes
+    for i in range(4):
+        expected = np.mean([[record[1][i] for record in h] for h in histories], axis=0)
+        np.testing.assert_allclose(ax.get_lines()[i].get_ydata(), expected)
+    (scale,) = ax.child_axes
+    assert scale.get_ylabel() == "step scale 1/k̂"
+    np.testing.assert_allclose(figures.reciprocal(np.array([1.0, 0.5, 2])), [1, 2, 0.5])
     left, right = figure_of(monkeypatch, figures.draw_alignment, toy).axes
     lines = {line.get_label(): line for line in right.get_lines()}
     np.testing.assert_allclose(lines["NA-LoRA"].get_ydata(),
@@ -153,7 +209,7 @@ def test_the_figure_of_nalora_at_work(monkeypatch):
         order = np.argsort(-importance[name][-1])
         image = top.get_images()[0]
         np.testing.assert_allclose(image.get_array(), np.array(importance[name])[:, order].T)
-        assert image.get_extent() == [0, 50, 12, 0] and top.get_title() == f"layers.{i}"
+        assert image.get_extent() == [0, 50, 12, 0] and top.get_title() == f"layer {i}"
         assert set(top.get_lines()[0].get_ydata()) == {3}  # keep of 12 channels
         lines = {line.get_label(): line.get_ydata() for line in bottom.get_lines()[1:]}
         np.testing.assert_allclose(lines["LoRA"], travel["lora"][name][order])
@@ -194,39 +250,74 @@ def test_the_benchmark_measures_the_same_work(base, tmp_path, capsys, monkeypatc
         assert table in (tmp_path / "bench.md").read_text()
     (tmp_path / "results").mkdir()
     tmp_path.joinpath("bench.json").rename(tmp_path / "results" / "bench.json")
-    text = "<!-- sizes of results -->\nold\n<!-- end -->"
-    assert report.bench_tables(b)["sizes"] in report.with_tables(text, tmp_path)
+    text = "<!-- speed of results -->\nold\n<!-- end -->"
+    made = report.with_tables(text, tmp_path)
+    low, middle, high = rows["nalora"]["ratio"]
+    memory = rows["nalora"]["peak_memory_mb"][1]
+    assert re.search(rf"\| NA-LoRA \| .* ms, {middle:.2f} \({low:.2f} to {high:.2f}\) \| "
+                     rf"{memory:,.0f} \|\n", made) and "old" not in made
 
-def test_the_tables_of_the_readme_are_those_of_the_results():
-    assert report.with_tables(README, RESULTS) == README
-    everything = {path.parent.name: path.read_text(encoding="utf-8")
-                  for path in RESULTS.glob("*/comparison.md")}
-    assert everything
-    for name, text in everything.items():
-        assert text == report.markdown(committed(name)), name
+def test_a_table_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="there is no such table"):
+        report.with_tables("<!-- loss of toy -->\n<!-- end -->", RESULTS)
 
-def test_the_intervals_of_the_readme_stand_in_tables():
-    """Of a comparison that the section names, if it names one."""
-    everything = {path.parent.name: path.read_text(encoding="utf-8")
-                  for path in RESULTS.glob("*/comparison.md")}
-    for section in re.split(r"\n##+ ", README):
-        named = [text for name, text in everything.items()
-                 if re.search(rf"results/{name}(?![\w-])", section)] or everything.values()
-        for interval in re.findall(r"[+-]\d\.\d+ \[[^]]*\d\]", section):
-            assert any(interval in text for text in named), (interval, section.splitlines()[0])
+FIRST_PAGE = (HERE.parent / "README.md").read_text(encoding="utf-8")
+
+def difference(comparison, ours, theirs):
+    """Of validation loss: (mean, low, high, how many seeds agree)."""
+    pair = [paired.by_seed(comparison, label, "val_loss") for label in (ours, theirs)]
+    return paired.paired_difference(*pair)
+
+def test_the_losses_of_the_first_page_are_those_of_the_results():
+    toy = committed("toy")
+    real = committed("real")
+    for words, label in (("full fine-tuning", "full"), ("LoRA", "lora"), ("NA-LoRA", "nalora"),
+                         ("NA-LoRA with shuffled mask", "nalora-shuffled"),
+                         ("random mask, no scale", "random-mask")):
+        losses = [list(paired.by_seed(c, label, "val_loss").values()) for c in (toy, real)]
+        cells = [f"{np.mean(x):.4f} ± {np.std(x, ddof=1):.4f}" for x in losses]
+        assert f"| {words} | {cells[0]} | {cells[1]} |" in FIRST_PAGE
+    assert all(c["variants"]["lora"]["lr"] == c["variants"]["nalora"]["lr"] for c in (toy, real))
+    told = [difference(toy, "nalora", "lora"), difference(real, "nalora", "lora"),
+            difference(toy, "nalora-mask", "random-mask")]
+    said = ["{:+.4f} [{:+.4f}, {:+.4f}]".format(*d) for d in told]
+    assert re.findall(r"[+-]\d\.\d+ \[[^]]*\d\]", FIRST_PAGE) == said
+    for name, percent in (("bench", 4), ("bench-real", 2)):
+        table = (RESULTS / name / "bench.md").read_text(encoding="utf-8")
+        ratio = re.search(r"\| nalora \| \S+ \(.*?\) \| (\S+) ", table)[1]
+        assert float(ratio) == 1 + percent / 100 and f"{percent} %" in FIRST_PAGE
+
+def test_the_first_page_counts_all_comparisons_of_nalora_and_lora():
+    found = {}
+    for path in RESULTS.glob("*/comparison.json"):
+        comparison = committed(path.parent.name)
+        steps = comparison["configuration"]["steps"]
+        for ours in comparison["variants"]:
+            theirs = "lora" + ours.removeprefix("nalora")
+            if re.match("nalora(:|$)", ours) and theirs in comparison["variants"]:
+                found[difference(comparison, ours, theirs)] = steps     # score has toy's runs
+    lower = {d: steps for d, steps in found.items() if d[2] < 0}
+    assert len(found) == 10 and not any(low > 0 for _, low, *_ in found) and len(lower) == 3
+    assert set(lower.values()) == {200} and {round(d[0], 3) for d in lower} == {-0.002, -0.003}
+    assert ("Of ten such comparisons over all settings, three favour NA-LoRA, by 0.002 to 0.003, "
+            "each at 200 steps") in FIRST_PAGE
+
+@pytest.mark.parametrize("name", ["keep-adamw", "keep-sgd"])
+def test_with_gates_alone_the_masks_are_as_the_first_page_says(name):
+    comparison = committed(name)
+    for share in ("0.05", "0.1", "0.25", "0.5"):
+        ours = f"nalora-mask:keep={share}"
+        few = share == "0.05" or (name, share) == ("keep-adamw", "0.1")
+        assert (difference(comparison, ours, f"random-mask:keep={share}")[2] < 0) == few
+        assert difference(comparison, ours, f"redrawn-mask:keep={share}")[1] > 0
+    assert not any(difference(comparison, label, "lora")[2] < 0
+                   for label in comparison["variants"] if "keep=" in label)
 
 def test_what_is_no_comparison_is_refused(tmp_path, capsys):
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "comparison.json").write_text("{}")
     assert report.main(["--results", str(tmp_path), "--readme", str(tmp_path / "README.md")]) == 2
     assert "no comparison of this program" in capsys.readouterr().err
-
-def test_the_readme_of_the_evidence_names_what_exists():
-    for path in re.findall(r"\]\((?!http|#)([^)#]+)", README):
-        assert (HERE / path).exists(), path
-    parser = compare.command_line()
-    for command in re.findall(r"python -m evidence.compare ([^#`\n]*)", README):
-        parser.parse_args(shlex.split(command.replace("...", "")))
 
 @interop
 def test_interop_the_benchmark_gives_peft_the_same_work(base):

@@ -36,6 +36,7 @@ class FFN:
         self.parameters = [p for layer in layers for pair in lora_pairs(layer) for p in pair]
         self.B_gates = [B for _, B in lora_pairs(gate)]  # of several active adapters, several
         self.B_gate = self.B_gates[0]  # (rows, rank)
+        self.adapter = next(iter(active_adapters(gate)), None)  # PEFT's name of B_gate's
         self.width = gate_width(module, gate)  # F
         self.shape = (self.width,)  # of its importance
         self.fused = len(self.B_gate) > self.width  # then B's other rows make up
@@ -61,16 +62,23 @@ class FFN:
     def forget(self):
         """Begins a step."""
         self.counted = False  # a pass counted in forward, so that backward's is the same again
+        self.forget_masks()
+
+    def forget_masks(self):
         self.masks = []  # of passes without gradients: a checkpoint may compute them again
+        self.again = False  # whether it has begun to
+        self.masks_set = False  # whether masks are set anew then
 
     @property
     def state(self):
         return State(*(t[self.index].clone() for t in self.group.state))
 
     def is_active(self):
-        """Whether the adapter that is steered is the one that computes."""
-        return (self.act.training and not getattr(self.gate, "disable_adapters", False)
-                and any(B is self.B_gate for _, B in lora_pairs(self.gate)))
+        """Whether the adapter that is steered computes. Asked by name: within a pass, FSDP2 has
+        other parameters in their place."""
+        if self.adapter is None:
+            return True
+        return self.adapter in self.gate.active_adapters and not self.gate.disable_adapters
 
     def kind(self):
         """Equal for FFNs that one call may observe."""
@@ -103,16 +111,25 @@ class FFN:
         factor = scales[self.index].repeat(len(p), 1)  # for rows that make no gate
         return factor if self.rows is None else factor.index_copy(0, self.rows, rows[self.index])
 
-    def mask_of_recomputed(self, mask):
+    def note_mask(self, mask):
+        """Of a pass without gradients."""
+        if self.again:
+            self.forget_masks()
+        self.masks.append(mask)
+
+    def mask_of_recomputed(self, mask, z):
         """The mask of a pass that runs within backward, by those of passes without gradients: a
-        checkpoint computes again the last one that is left, others set theirs anew."""
-        if self.masks and all(other is self.masks[0] for other in self.masks):
-            mask = self.masks[0]
-        elif self.masks and mask is self.masks[-1]:
+        checkpoint computes again the one pass that was, others set their masks anew."""
+        self.again = True
+        tokens = z.numel() // z.size(-1)
+        masks = [other for other in self.masks if other is None or other.numel() == tokens]
+        if all(other is masks[0] for other in masks):
+            return masks[0] if masks else mask
+        self.masks_set |= mask is not masks[-1]
+        if not self.masks_set:
             warnings.warn("Several passes with their token masks came before one backward, under "
                           "reentrant checkpointing, which tells them not apart: use_reentrant="
                           "False does.")
-        self.masks = [other for other in self.masks if other is not mask]
         return mask
 
     def find_rows(self, z):
@@ -127,11 +144,12 @@ class FFN:
             for rows in row_layouts(output.size(-1), self.width, z.device):
                 both = torch.stack([output[:, rows].flatten(), z.flatten()])
                 alike[rows] = torch.corrcoef(both)[0, 1].abs().nan_to_num().item()
-        best = sorted(alike, key=alike.get)[-1:]
-        if not best or alike[best[0]] < 0.3 or sorted(alike.values())[:-1][-1:] > [0.9]:
+        order = sorted(alike, key=alike.get, reverse=True)
+        best, second = [alike[rows] for rows in order[:2]] + [0] * (2 - len(order))
+        if best < 0.3 or second > 0.9 * best:
             raise ValueError(f"In {self.name} the activation does not see the output of the layer "
                              "that `gate` names: name the one before it.")
-        self.rows = best[0]
+        self.rows = order[0]
         self.check_rows = False
         self.output = None
 
@@ -283,6 +301,9 @@ def lora_pairs(layer):
         return []
     if isinstance(pair[0], nn.Parameter):
         return [tuple(pair)]
-    names = [name for name in getattr(layer, "active_adapters", []) if name in pair[0]]
-    pairs = [[part[name] for part in pair] for name in names]
+    pairs = [[part[name] for part in pair] for name in active_adapters(layer)]
     return [tuple(getattr(part, "weight", part) for part in pair) for pair in pairs]
+
+def active_adapters(layer):
+    """Names of a PEFT layer's adapters that compute and have an A and a B; of ours, none."""
+    return [name for name in getattr(layer, "active_adapters", []) if name in layer.lora_A]

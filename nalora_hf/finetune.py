@@ -4,10 +4,9 @@
     python -m nalora_hf.finetune --resume runs/mine         goes on after an interruption
     accelerate launch -m nalora_hf.finetune --model ...     on several GPUs; torchrun does, too
 
---data is a file of JSON lines, a JSON list or a CSV. A row has prompt and completion, or
-instruction, output and perhaps input, or messages, or text. The folder --out gets run.json
-(settings, losses), adapter/ (PEFT's) and the checkpoints; of --method both, these are in lora/ and
-nalora/."""
+A row of --data has prompt and completion, or instruction, output and perhaps input, or messages, or
+text. The folder --out gets run.json (settings, losses), adapter/ (PEFT's) and the checkpoints; with
+--method both, in lora/ and nalora/."""
 import argparse
 import math
 import os
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 
 from nalora_hf import NALoRACallback, NALoRAConfig, read_json, write_files
+from nalora_hf.adapters import method_record
 from nalora_hf.inputs import as_trl, check_model, check_trainer, knows_roles, load, read_data
 
 RANK = int(os.environ.get("RANK", 0))  # of torchrun and accelerate launch: rank 0 prints and writes
@@ -29,8 +29,7 @@ def say(*lines):
 
 # ---- TRL's trainer -------------------------------------------------------------------------------
 def build(s, method, columns, sets, note_base):
-    """(TRL's trainer, NALoRA's callback) of one method. Nothing is written yet. note_base is
-    called with the base's metrics. (An evaluate() before train() would train without DDP.)"""
+    """(TRL's trainer, the callback) of one method. note_base is called with the base's metrics."""
     import jinja2  # and the rest, not before HF_HUB_OFFLINE is set and the data has been read
     from datasets import Dataset, disable_progress_bars
     from peft import LoraConfig
@@ -89,7 +88,7 @@ def execute(out, record):
         save(out, record)
 
     methods = ["lora", "nalora"] if s["method"] == "both" else [s["method"]]
-    for method in [m for m in methods if m not in losses]:
+    for method in (m for m in methods if m not in losses):
         trainer, callback = build(s, method, columns, sets, note_base)
         trainer.accelerator.wait_for_everyone()  # all ranks have seen that --out is free
         folder = out / method if len(methods) > 1 else out
@@ -97,21 +96,21 @@ def execute(out, record):
         save(out, record)
         whole = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
         last = max(whole, key=lambda p: int(p.name.split("-")[1]), default=None)
-        trainer.args.eval_on_start = last is None
+        trainer.args.eval_on_start = last is None  # an evaluate() before train() would lose DDP
         trainer.train(resume_from_checkpoint=last and str(last))
         losses[method] = finite(trainer.evaluate()["eval_loss"])
         if method == "nalora":
             ffns = callback.nalora.statistics().values()
-            record["nalora"] = {"steps": callback.nalora.state_dict()["steps"], "rows_kept": [
+            record["nalora"] = {"steps": callback.nalora.steps, "rows_kept": [
                 f["mask"].float().mean().item() for f in ffns], "k_hat": [
                     torch.as_tensor(f["k_hat"]).tolist() for f in ffns]}
         if RANK == 0:
-            write_model(s, trainer, folder)
+            write_model(s, trainer, callback.nalora, folder)
         save(out, record)
     say(*summary(losses, s["lr"]), f"All is in {out}.")
 
-def write_model(s, trainer, folder):
-    """adapter/ and, with --merge, merged/, each with the tokenizer."""
+def write_model(s, trainer, nalora, folder):
+    """adapter/ and, with --merge, merged/, each with the tokenizer and nalora.json."""
     model = trainer.model
     model.peft_config["default"].base_model_name_or_path = s["model"]
     model.save_pretrained(folder / "adapter", save_embedding_layers=False)
@@ -119,6 +118,7 @@ def write_model(s, trainer, folder):
         model.merge_and_unload().save_pretrained(folder / "merged")
     for name in ["adapter"] + ["merged"] * s["merge"]:
         trainer.processing_class.save_pretrained(folder / name)
+        write_files(folder / name, {"nalora.json": method_record(nalora)})
 
 def finite(loss):
     return loss if math.isfinite(loss) else None

@@ -5,6 +5,38 @@ import warnings
 import torch
 import torch.nn as nn
 
+from nalora import widen
+
+class Kept:
+    """Two copies of an optimizer's parameters, in float32 or wider: left after its last step, and
+    found before this one, which the step is blended into."""
+    def __init__(self, values):
+        self.kinds = kinds_of(values)
+        self.rounded = any(t.dtype != widen(t).dtype for t in values)
+        self.left = Copies(values)
+        self.found = Copies(values)
+        self.noted = False  # until the first pass, or step, parameters may be loaded
+
+class Copies:
+    def __init__(self, values):
+        places = {}  # {(dtype, device): [index]}
+        for i, t in enumerate(values):
+            places.setdefault((widen(t[:0]).dtype, t.device), []).append(i)
+        self.tensors = [None] * len(values)  # shaped like values
+        self.flat = []  # one of each place
+        for (dtype, device), indices in places.items():
+            sizes = [values[i].numel() for i in indices]
+            flat = torch.empty(sum(sizes), dtype=dtype, device=device)
+            for i, part in zip(indices, flat.split(sizes)):
+                self.tensors[i] = part.view_as(values[i])
+            self.flat.append(flat)
+
+    def take(self, values):
+        torch._foreach_copy_(self.tensors, values)
+
+def kinds_of(values):
+    return [(t.dtype, t.device) for t in values]
+
 class Guard:
     """Notices that something else than a step moved the LoRA parameters. Nothing waits for the
     device: what it found is copied, and looked at whenever it has come."""
@@ -12,11 +44,10 @@ class Guard:
         self.moved = torch.zeros((), device=device)
         self.told = torch.zeros((), pin_memory=device.type == "cuda")
 
-    def compare(self, left, found):
-        pairs = [pair for pair in zip(left, found) if pair[0].numel()]
-        moved = torch._foreach_norm(torch._foreach_sub(*zip(*pairs)))
-        moved = torch.stack([t.to(self.moved) for t in moved]).nan_to_num().amax()
-        self.moved.copy_(torch.maximum(moved, self.moved))
+    def compare(self, kept):
+        for left, found in zip(kept.left.flat, kept.found.flat):
+            moved = (left - found).nan_to_num().any().to(self.moved)
+            self.moved.copy_(torch.maximum(moved, self.moved))
         self.told.copy_(self.moved, non_blocking=True)
         if self.told.tolist():
             self.moved.zero_()
@@ -35,6 +66,11 @@ def is_nested(optimizer):
         calls += frame.f_code is STEP and frame.f_locals.get("self") is optimizer
         frame = frame.f_back
     return calls > 1
+
+def has_stepped(optimizer, parameters):
+    """Whether its state is of a run. Adagrad has one before its first step, too."""
+    states = [optimizer.state.get(p) for p in parameters]
+    return any(state and state.get("step", 1) != 0 for state in states)
 
 def usable_optimizers(given):
     """[torch.optim.Optimizer], each with a step() that torch's hooks stand around."""

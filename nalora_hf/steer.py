@@ -1,21 +1,23 @@
 """NALoRA on any model, with any optimizers, on several ranks: the method of nalora.NALoRA, whose
 FFNs are observed, decided and blended together, and a guard."""
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import torch
 import torch.nn as nn
+from torch.optim import Optimizer
 
 import nalora
 from nalora import GateSums, NALoRAConfig, State, widen
 from nalora_hf.experts import find_experts
 from nalora_hf.families import GATES, find_ffns
-from nalora_hf.guard import (Guard, find_process_groups, is_nested, parameters_by_optimizer,
-                             this_rank, usable_optimizers)
-from nalora_hf.modules import unwrapped_modules
+from nalora_hf.guard import (Guard, Kept, find_process_groups, has_stepped, is_nested, kinds_of,
+                             parameters_by_optimizer, this_rank, usable_optimizers)
+from nalora_hf.modules import is_ours, unwrapped_modules
 from nalora_hf.watch import drop_idle_hooks
 
-SAMPLES = 64 * 2**20  # bytes of gates that are held at most until they are observed
+SAMPLES = 32 * 2**20  # bytes of gates that are held at most; stacked to be observed, twice that
 
 class NALoRA(nalora.NALoRA):
     """Turns a LoRA training loop into NA-LoRA: make one after the optimizer, change nothing else.
@@ -26,8 +28,9 @@ class NALoRA(nalora.NALoRA):
     `token_mask` (batch, seq), nonzero for real tokens (of an encoder-decoder: the encoder's),
     before each pass. Make it once the model is wrapped (DDP, FSDP2) and before the first compiled
     call. ValueError if no gate carries LoRA, or an optimizer lacks it or averages."""
-    def __init__(self, model: nn.Module, optimizer, config: NALoRAConfig = None, gate=GATES,
-                 act=None):
+    def __init__(self, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer],
+                 config: NALoRAConfig | None = None, gate: str | Sequence[str] = GATES,
+                 act: Callable | str | None = None) -> None:
         check_arguments(model, optimizer, config)
         self.config = config or NALoRAConfig()
         self.token_mask = None
@@ -42,13 +45,15 @@ class NALoRA(nalora.NALoRA):
         for ffn in self.ffns:
             kinds.setdefault(ffn.kind(), []).append(ffn)
         self.groups = [ffns[0].group_class(ffns) for ffns in kinds.values()]
-        self.order = torch.zeros(1)  # see the operation
+        self.order = torch.zeros(1, device="cpu")  # see the operation
         self.held = 0  # bytes of samples
         self.seen = False  # whether a pass was since the last step
         self.passes = 0  # of the first FFN, since then
         self.dry = 0  # steps in a row before which none was
         self.fitted = True  # whether the token mask was of use since then
-        self.before = {}  # {optimizer: [each parameter before its last step; then, after it]}
+        with torch.no_grad():
+            self.kept = {o: Kept([self.value(p) for p, _ in self.steered[o]])
+                         for o in self.optimizers}  # their parameters around the last step
         self.stepping = False
         self.begins = True  # no step was taken yet
         self.guard = Guard(self.ffns[0].B_gate.device)
@@ -66,11 +71,11 @@ class NALoRA(nalora.NALoRA):
 
     def attach(self, ffn):
         for module in (ffn.act, ffn.gate, ffn.module):
-            drop_idle_hooks(module)
             for hook in [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]:
-                old = getattr(hook, "nalora", None) if isinstance(hook, nalora.Hook) else None
+                old = hook.nalora if is_ours(hook, "Hook") else None
                 if old is not None and any(ffn.B_gate is other.B_gate for other in old.ffns):
                     old.remove()  # such as when a notebook's cell runs again
+            drop_idle_hooks(module)
         self.handles += ffn.attach(self)
 
     # -- passes --------------------------------------------------------------------------------
@@ -84,16 +89,16 @@ class NALoRA(nalora.NALoRA):
         in_backward = torch._C._current_graph_task_id() != -1
         if not in_backward:
             if not trains:
-                ffn.masks.append(mask)
+                ffn.note_mask(mask)
             ffn.counted |= trains
         elif trains and not ffn.counted:
-            mask = ffn.mask_of_recomputed(mask)
+            mask = ffn.mask_of_recomputed(mask, z)
         if not trains or in_backward and ffn.counted:
             return
         self.seen = True
         self.passes += ffn is self.ffns[0]
-        if ffn is self.ffns[0] and (not self.before or self.passes.bit_count() == 1 < self.passes):
-            self.compare(() if self.stepping else self.optimizers)
+        if ffn is self.ffns[0] and self.passes.bit_count() == 1 and not self.stepping:
+            self.compare([o for o in self.optimizers if self.passes > 1 or not self.kept[o].noted])
         if ffn.check_rows and ffn.act is not ffn.gate:
             ffn.find_rows(z)
         fitting = ffn.fitting(mask, z)
@@ -129,12 +134,16 @@ class NALoRA(nalora.NALoRA):
     def compare(self, optimizers):
         """Are their parameters as they were after their last step, or at the first pass?"""
         for optimizer in optimizers:
-            now = [widen(self.value(p)) for p, _ in self.steered[optimizer]]
-            before = self.before.get(optimizer, [])
-            if [(t.dtype, t.device) for t in before] == [(t.dtype, t.device) for t in now]:
-                self.guard.compare(before, now)
+            values = [self.value(p) for p, _ in self.steered[optimizer]]
+            if self.kept[optimizer].kinds != kinds_of(values):
+                self.kept[optimizer] = Kept(values)  # the model was cast, or moved
+            kept = self.kept[optimizer]
+            kept.found.take(values)
+            if kept.noted:
+                self.guard.compare(kept)
             else:
-                self.before[optimizer] = [t.clone() for t in now]
+                kept.left.take(values)
+                kept.noted = True
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -143,13 +152,10 @@ class NALoRA(nalora.NALoRA):
             return
         self.compare([optimizer])
         self.stepping = True
-        values = [self.value(p) for p, _ in self.steered[optimizer]]
-        if self.begins and self.steps == 0 and any(
-                optimizer.state.get(p) for p, _ in self.steered[optimizer]):
+        if self.begins and has_stepped(optimizer, [p for p, _ in self.steered[optimizer]]):
             warnings.warn("The optimizer goes on with a run, but NALoRA begins anew: give "
                           "load_state_dict what state_dict gave then.")
         self.begins = False
-        torch._foreach_copy_(self.before[optimizer], values)
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -167,12 +173,15 @@ class NALoRA(nalora.NALoRA):
                               "(Passes under torch.func are not counted.)")
         self.factors = {group: group.factors(self.row_factor(group)) for group in self.groups}
         values = [self.value(p) for p, _ in self.steered[optimizer]]
-        before = self.before[optimizer]
+        kept = self.kept[optimizer]
+        before = kept.found.tensors
         factors = [self.factor(ffn, p).to(t)
                    for (p, ffn), t in zip(self.steered[optimizer], before)]
         torch._foreach_lerp_(before, [widen(value) for value in values], factors)  # nalora.blend
         torch._foreach_copy_(values, before)
-        torch._foreach_copy_(before, values)  # as they are rounded: the guard compares
+        if kept.rounded:
+            kept.found.take(values)
+        kept.left, kept.found = kept.found, kept.left
 
     def end_step(self):
         """Decides by what was seen."""
@@ -213,8 +222,10 @@ class NALoRA(nalora.NALoRA):
         return factor
 
     # -- what it knows -------------------------------------------------------------------------
-    def load_state_dict(self, saved):
+    def load_state_dict(self, saved: dict) -> None:
         """Goes on from a `state_dict`. ValueError if it is of another configuration or model."""
+        if not isinstance(saved, dict) or not {"config", "steps", "ffns"} <= saved.keys():
+            raise ValueError("This is not what NALoRA's state_dict() gives.")
         here = asdict(self.config)
         for name, value in saved["config"].items():
             if value != here.get(name):
@@ -230,12 +241,14 @@ class NALoRA(nalora.NALoRA):
             group.state = State(*(torch.stack([state[key] for state in found]).to(t)
                                   for key, t in group.state._asdict().items()))
             group.forget()
-        self.before.clear()
+        for kept in self.kept.values():
+            kept.noted = False
+        self.held = 0
         self.seen = False
         self.passes = 0
         self.begins = False
 
-    def summary(self):
+    def summary(self) -> None:
         """Prints a table of the FFNs after the last step."""
         width = max(len(ffn.name) for ffn in self.ffns)
         print(f"{'':{width}}  channels  moving  k_hat  z > 0  scale   after {self.steps} steps")
@@ -252,6 +265,9 @@ def check_arguments(model, optimizer, config):
         raise ValueError("NALoRA(model, optimizer): the two were given the other way round.")
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is a {type(model).__name__}, but has to be a torch.nn.Module.")
+    check_config(config)
+
+def check_config(config):
     if config is not None and type(config).__name__ != "NALoRAConfig":
         raise ValueError(f"config is a {type(config).__name__}, but has to be a NALoRAConfig, such "
                          "as NALoRAConfig(keep=0.25).")

@@ -140,32 +140,20 @@ def steer(fresh, keywords):
     model = fresh()
     optimizer = optimizer_of(model)
     nalora = NALoRA(model, optimizer, NALoRAConfig(stride=1, keep=0.25), **keywords)
-    received = {}  # {FFN: {expert, or () where there are none: [z]}}
-    def note(ffn, z, expert=()):
-        z = z.detach().flatten(0, -2).float()
-        received.setdefault(ffn, {}).setdefault(expert, []).append(z)
-    def note_experts(ffn, x, experts, scores):
-        W = ffn.gate.get_param()  # with LoRA, while it computes
-        for e in experts.unique().tolist():
-            token = ((experts == e) & (scores != 0)).any(-1)
-            z = x[token] @ (W[e] if ffn.module.is_transposed else W[e].T)
-            z = z + ffn.module.gate_up_proj_bias[e] if ffn.module.has_bias else z
-            note(ffn, z[:, ffn.rows], e)
-    for ffn in nalora.ffns:
-        if isinstance(ffn, Experts):
-            ffn.module.register_forward_pre_hook(lambda m, inputs, f=ffn: note_experts(f, *inputs))
-        elif ffn.act is ffn.gate:
-            ffn.gate.register_forward_hook(lambda gate, x, z, ffn=ffn: note(ffn, z))
-        else:
-            ffn.act.register_forward_pre_hook(lambda act, inputs, ffn=ffn: note(ffn, inputs[0]))
+    experts = note_experts([ffn for ffn in nalora.ffns if isinstance(ffn, Experts)])
+    received, given = note_gates([ffn for ffn in nalora.ffns if not isinstance(ffn, Experts)])
     before = {id(p): p.detach().clone() for p in model.parameters()}
     loss_of(model).backward()
     optimizer.step()
     after = dict(zip(map(id, model.parameters()), plain.parameters()))
-    if not received:
+    called = [ffn for ffn in nalora.ffns if ffn in experts or ffn in received
+              or ffn.state.k_hat.isfinite().any()
+              or ffn in given and not isinstance(ffn.phi, torch.nn.Module)]
+    if not called:  # a module that was not called is that of a fast path
         raise ValueError("no FFN that could be steered was called")
-    for ffn in received:
-        for e, z in received[ffn].items():
+    for ffn in called:
+        seen = experts.get(ffn) or {(): received.get(ffn) or given[ffn]}
+        for e, z in seen.items():
             importance = value_and_slope(ffn.phi, torch.cat(z))[1].abs().mean(0)
             if not torch.allclose(importance * 0.1, ffn.state.importance[e], rtol=1e-4, atol=1e-6):
                 return "importance is not that of the activation's input", nalora.ffns
@@ -190,6 +178,48 @@ def shares(ffn, p):
     if any(p is layer.lora_A["default"].weight for layer in ffn.layers):
         return [(slice(e * len(p) // E, (e + 1) * len(p) // E), e) for e in range(E)]
     return [((slice(None), slice(e, None, E)), e) for e in range(E)]
+
+def note_gates(ffns):
+    """{FFN: what its activation receives}, {FFN: what its gate gives}, filled by each pass. It does
+    not ask NALoRA where it looks: an activation is called for the gate that ran last."""
+    received = {}
+    given = {}
+    last = []
+
+    def note_gate(ffn, z):
+        last[:] = [ffn]
+        given.setdefault(ffn, []).append(z.detach().flatten(0, -2).float())
+
+    def note_phi(phi, z):
+        for ffn in last:
+            if ffn.phi is phi:
+                received.setdefault(ffn, []).append(z.detach().flatten(0, -2).float())
+
+    for ffn in ffns:
+        ffn.gate.register_forward_hook(lambda gate, x, z, ffn=ffn: note_gate(ffn, z))
+    for phi in {ffn.phi for ffn in ffns}:
+        if isinstance(phi, torch.nn.Module):
+            phi.register_forward_pre_hook(lambda phi, inputs: note_phi(phi, inputs[0]))
+    return received, given
+
+def note_experts(layers):
+    """{layer: {expert: what its weights make of the tokens that the router gives it}}, filled by
+    each pass."""
+    received = {}
+
+    def note(layer, x, experts, scores):
+        W = layer.gate.get_param()  # with LoRA, while it computes
+        for e in experts.unique().tolist():
+            token = ((experts == e) & (scores != 0)).any(-1)
+            z = x[token] @ (W[e] if layer.module.is_transposed else W[e].T)
+            z = z + layer.module.gate_up_proj_bias[e] if layer.module.has_bias else z
+            z = z[:, layer.rows].detach().float()
+            received.setdefault(layer, {}).setdefault(e, []).append(z)
+
+    for layer in layers:
+        layer.module.register_forward_pre_hook(
+            lambda module, inputs, layer=layer: note(layer, *inputs))
+    return received
 
 def gated(ffn):
     """Whether an FFN multiplies its activation by features: another layer is as wide, or fused."""

@@ -8,6 +8,7 @@ import torch.nn as nn
 
 import nalora
 from nalora import GateSums, State, widen
+from nalora_hf.modules import is_ours
 
 class Group:
     """FFNs that one call observes: nalora.SteeredFFN's fields, whose tensors lead with (N,)."""
@@ -34,20 +35,29 @@ class Group:
     def add_up(self, observe):
         """Adds what was sampled to the sums of the step."""
         while any(self.samples):
-            self.sums = self.sums + observe(self, *self.take_samples())
+            which, z, weight = self.take_samples()
+            self.add(which, observe(self, z, weight))
 
     def factors(self, rows):
         """What FFN.factor chooses from; rows (N, F, 1)."""
         return rows.unbind(), self.state.scale.unbind()
 
     def take_samples(self):
-        """One pass of each FFN: z (N, T, F), weight (N, T); 0 where an FFN has none of T tokens."""
+        """A pass of each FFN that has one of T tokens: (which, z (n, T, F), weight (n, T))."""
         tokens = next(len(z) for passes in self.samples for z, _ in passes[:1])
-        taken = [passes.pop(0) if passes and len(passes[0][0]) == tokens else None
-                 for passes in self.samples]
-        z, weight = next(filter(None, taken))
-        taken = [(z, weight * 0) if pair is None else pair for pair in taken]
-        return [torch.stack(part) for part in zip(*taken)]
+        which = [i for i, passes in enumerate(self.samples)
+                 if passes and len(passes[0][0]) == tokens]
+        z, weight = zip(*(self.samples[i].pop(0) for i in which))
+        return which, torch.stack(z), torch.stack(weight)
+
+    def add(self, which, sums):
+        """Adds the sums (n, ...) of those FFNs to the step's."""
+        if len(which) == len(self.ffns):
+            self.sums = self.sums + sums
+        else:
+            index = torch.tensor(which, device="cpu").to(self.sums.tokens.device, non_blocking=True)
+            self.sums = GateSums(*(t.index_add(0, index, more)
+                                   for t, more in zip(self.sums, sums)))
 
 class ExpertGroup(Group):
     """Layers of experts that one call observes: tensors lead with (N, E)."""
@@ -73,7 +83,7 @@ class Hook(nalora.Hook):
     def __init__(self, nalora=None, ffn=None, show="see"):
         super().__init__(nalora, ffn)
         self.show = show
-        self.key = torch.tensor(next(self.keys))
+        self.key = torch.tensor(next(self.keys), device="cpu")  # reading it waits for no device
         self.living[int(self.key)] = self
 
     def __reduce__(self):
@@ -144,8 +154,10 @@ class Tap(nn.Module):
     def forward(self, gate_up):
         return self.give(self.experts, gate_up)
 
+UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)  # a replayed graph would call no hook
+
 @torch.library.custom_op("nalora_hf::see", mutates_args=("order",),
-                         tags=getattr(torch.Tag, "cudagraph_unsafe", ()))
+                         **({} if UNSAFE is None else {"tags": (UNSAFE,)}))
 def see(order: torch.Tensor, key: torch.Tensor, z: torch.Tensor) -> None:
     """A hook's call within a compiled graph; `order` keeps such calls in theirs."""
     hook = Hook.living.get(int(key))
@@ -160,5 +172,5 @@ def drop_idle_hooks(module):
     """Those that a copy of a steered model has."""
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key, hook in list(hooks.items()):
-            if isinstance(hook, Hook) and hook.nalora is None:
+            if is_ours(hook, "Hook") and hook.nalora is None:
                 del hooks[key]

@@ -1,6 +1,7 @@
 """Files as they should not be: broken, foreign, hostile. Each is refused in a sentence or read."""
 import json
 import math
+import multiprocessing
 import os
 import shutil
 from pathlib import Path
@@ -11,8 +12,9 @@ import torch.nn as nn
 from safetensors.torch import load_file, save_file
 
 import nalora_hf
-from nalora import LoRALinear
-from nalora_hf import adapters, inject_lora, load_adapter, save_adapter
+from nalora import LoRALinear, NALoRAConfig
+from nalora_hf import NALoRA, adapters, inject_lora, load_adapter, save_adapter
+from nalora_hf.modules import VERSION
 from nalora_hf.tests.helpers import FFN, batch, small_llama, spoiled, trained_lora
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -172,3 +174,90 @@ def test_a_regular_expression_names_no_layer_whose_name_merely_ends_alike(tmp_pa
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "target_modules": "fc"}))
     assert load_adapter(made(), tmp_path) == ["fc"]
+
+# ---- nalora.json ----
+def record(folder):
+    return json.loads((folder / "nalora.json").read_text())
+
+def test_the_record_tells_lora_from_nalora(tmp_path):
+    model = trained_lora()
+    config = NALoRAConfig(keep=0.25, scale="none")
+    nalora = NALoRA(model, torch.optim.AdamW(nalora_hf.lora_parameters(model)), config)
+    save_adapter(model, tmp_path / "lora", settings={"seed": 3})
+    save_adapter(model, tmp_path / "nalora", settings={"seed": 3}, nalora=nalora)
+    plain, steered = record(tmp_path / "lora"), record(tmp_path / "nalora")
+    assert (plain["method"], plain["config"], plain["version"]) == ("lora", None, VERSION)
+    assert steered["method"] == "nalora" and steered["version"] == VERSION
+    assert steered["config"] == {"keep": 0.25, "ema": 0.9, "stride": 17, "mask": "derivative",
+                                 "scale": "none"}
+    assert plain["settings"] == steered["settings"] == {"seed": 3}
+    assert plain["base"] == steered["base"] and len(plain["base"]) == 6
+    for name in ("lora", "nalora"):
+        assert len(load_adapter(small_llama(), tmp_path / name)) == 6
+
+@pytest.mark.parametrize("wrong", [NALoRAConfig(), {"keep": 0.5}, True, small_llama()],
+                         ids=lambda wrong: type(wrong).__name__)
+def test_what_is_no_nalora_is_refused(tmp_path, wrong):  # a model has a config, too
+    message = f"nalora is the NALoRA that steered the model, and no {type(wrong).__name__}"
+    with pytest.raises(ValueError, match=message) as told:
+        save_adapter(trained_lora(), tmp_path / "a", nalora=wrong)
+    assert "\n" not in str(told.value) and not (tmp_path / "a").exists()
+
+def test_an_adapter_of_version_1_is_read(tmp_path):
+    model = trained_lora()
+    save_adapter(model, tmp_path, settings=[1])
+    now = record(tmp_path)
+    assert now.keys() == {"method", "config", "version", "settings", "base"}
+    old = {"settings": now["settings"], "base": now["base"]}  # all that version 1 wrote
+    (tmp_path / "nalora.json").write_text(json.dumps(old))
+    fresh = small_llama()
+    assert len(load_adapter(fresh, tmp_path)) == 6
+    assert torch.equal(fresh(batch(1)[0])[0], model(batch(1)[0])[0])
+    with pytest.raises(ValueError, match="another base model"):
+        load_adapter(small_llama(seed=3), tmp_path)
+
+def test_the_version_is_the_packages():
+    text = (Path(nalora_hf.__file__).parents[1] / "pyproject.toml").read_text()
+    assert f'version = "{VERSION}"' in text
+
+# ---- writes that are interrupted, or go on at once ----
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_an_interrupted_write_leaves_the_old_files(monkeypatch, tmp_path, error):
+    save_adapter(trained_lora(), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    own = Path.write_bytes
+
+    def interrupted(path, content):
+        if path.name.startswith("nalora.json"):  # the last one
+            own(path, content[:10])
+            raise error
+        return own(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", interrupted)
+        with pytest.raises(error):
+            save_adapter(trained_lora(seed=1), tmp_path)
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_ranks_that_write_at_once_do_not_disturb_each_other(tmp_path):
+    def write():
+        for _ in range(300):
+            nalora_hf.write_files(tmp_path, {"a.json": [0] * 500, "b.json": [1] * 500})
+
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=write) for _ in range(3)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0, 0, 0]
+    assert sorted(os.listdir(tmp_path)) == ["a.json", "b.json"]
+    assert json.loads((tmp_path / "b.json").read_text()) == [1] * 500
+
+def test_tensors_that_share_memory_are_refused_in_a_sentence(tmp_path):
+    model = trained_lora()
+    layers = model.model.layers
+    layers[0].mlp.gate_proj.lora_A = layers[1].mlp.gate_proj.lora_A
+    with pytest.raises(ValueError, match="adapter_model.safetensors cannot hold that"):
+        save_adapter(model, tmp_path / "a")

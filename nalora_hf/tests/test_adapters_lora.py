@@ -80,9 +80,9 @@ def test_merge_refuses_a_tied_weight():
     "targets, rank, alpha, message",
     [(["q_prj"], 4, 8, "'q_prj' matches no linear layer; there are down_proj, gate_proj"),
      ([], 4, 8, "No targets"), (["roj"], 4, 8, "matches no"), (["q_proj"], 0, 8, "rank is 0"),
-     (["q_proj"], 33, 8, "from 1 to 32"), (["q_proj"], 2.0, 8, "rank is 2.0"),
+     (["q_proj"], 33, 8, "a whole number, 1 to 32"), (["q_proj"], 2.0, 8, "rank is 2.0"),
      (["q_proj"], True, 8, "rank is True"), (["q_proj"], 4, 0, "alpha is 0"),
-     (["q_proj"], 4, "8", "alpha is 8"), (["q_proj"], 4, math.nan, "alpha is nan")])
+     (["q_proj"], 4, "8", "alpha is '8'"), (["q_proj"], 4, math.nan, "alpha is nan")])
 def test_inject_refuses(targets, rank, alpha, message):
     model = small_llama()
     with pytest.raises(ValueError, match=message):

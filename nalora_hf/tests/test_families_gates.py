@@ -50,8 +50,8 @@ def test_what_the_activation_receives_is_observed(change):
     opt = torch.optim.SGD(lora_parameters(model), lr=0.1)
     tool = NALoRA(model, opt, NALoRAConfig(stride=1))
     seen = []
-    note = lambda act, inputs: seen.append(inputs[0].detach())
-    model.layers[1].act_fn.register_forward_pre_hook(note)
+    model.layers[1].act_fn.register_forward_pre_hook(
+        lambda act, inputs: seen.append(inputs[0].detach()))
     other_step(model, 0, opt)
     importance = nalora.value_and_slope(F.silu, seen[0].flatten(0, 1))[1].abs().mean(0) * 0.1
     torch.testing.assert_close(tool.statistics()["layers.1"]["importance"], importance)
@@ -117,7 +117,10 @@ def test_the_activation_may_be_told_or_stand_in_the_config():
     model.config = None
     with pytest.raises(ValueError, match="model.layers.0.mlp has no activation"):
         NALoRA(model, opt)
-    assert NALoRA(model, opt, act=F.gelu)._stacks[0].act is F.gelu
+    assert [ffn.phi for ffn in NALoRA(model, opt, act=F.gelu).ffns] == [F.gelu] * 2
+    assert [ffn.phi for ffn in NALoRA(model, opt, act="gelu").ffns] == [F.gelu] * 2
+    with pytest.raises(ValueError, match="act='gleu' is no activation: give a function, a module"):
+        NALoRA(model, opt, act="gleu")
 
 def test_it_says_what_is_steered(capsys):
     model = lora_llama(["q_proj", *FFN])
@@ -125,6 +128,11 @@ def test_it_says_what_is_steered(capsys):
     tool = NALoRA(model, torch.optim.SGD(lora_parameters(model), lr=0.1))
     assert (capsys.readouterr().out == f"{tool}\n"
             == "NALoRA steers 1 of 2 FFNs; plain LoRA on 2 q_proj, 1 up_proj, 1 down_proj.\n")
+
+def tokens_seen(tool):
+    """{FFN: how many tokens were observed since the last step}."""
+    tool.add_up()
+    return {ffn.name: ffn.group.sums.tokens[ffn.index].item() for ffn in tool.ffns}
 
 def test_the_token_mask_of_a_text_leaves_another_tower_alone():
     model = nn.Module()
@@ -135,18 +143,14 @@ def test_the_token_mask_of_a_text_leaves_another_tower_alone():
     text, image = torch.randn(2, 5, 8), torch.randn(9, 8)
     with_padding = text.clone()
     with_padding[tool.token_mask == 0] = 100
-    seen = {}
     for tower, x in ((model.text, with_padding), (model.vision, image)):
         for layer in tower:
             x = layer(x)
         x.square().mean().backward()
-    tool._add_up()
-    seen = {name: stack.sums.tokens[i].item() for stack in tool._stacks
-            for i, name in enumerate(stack.names)}
-    assert seen == {"text.0": 5, "text.1": 5, "vision.0": 9}
+    assert tokens_seen(tool) == {"text.0": 5, "text.1": 5, "vision.0": 9}
 
 def test_ffns_of_different_width_and_activation_are_steered_side_by_side():
-    """Each as if it were alone, though those alike stand stacked; also where a pass skips it."""
+    """Each as if it were alone, though those alike are a group; also where a pass skips it."""
     class FFN(nn.Module):
         def __init__(self, width, act):
             super().__init__()
@@ -181,11 +185,12 @@ def test_ffns_of_different_width_and_activation_are_steered_side_by_side():
                 x = torch.randn(5 + i, 8, generator=torch.Generator().manual_seed(10 * step + i))
                 if (step, i) != (1, 3):
                     model[str(i)](x).square().sum().backward()
-            opt.step(), opt.zero_grad()
-        return len(tool._stacks), tool.statistics()
+            opt.step()
+            opt.zero_grad()
+        return len(tool.groups), tool.statistics()
 
-    stacks, together = run(range(9))
-    assert stacks == 7
+    groups, together = run(range(9))
+    assert groups == 7
     for i in range(9):
         for key, value in run([i])[1][str(i)].items():
             torch.testing.assert_close(torch.as_tensor(together[str(i)][key]),
@@ -199,13 +204,38 @@ def test_flattened_parameters_are_refused():
     with pytest.raises(ValueError, match="use FSDP2's fully_shard"):
         NALoRA(model, opt)
 
+def test_lora_without_data_is_refused():
+    model = lora_llama()
+    opt = torch.optim.AdamW(lora_parameters(model))
+    model.model.layers[1].mlp.up_proj.to("meta")  # as an offloaded layer stands there
+    with pytest.raises(ValueError, match="The LoRA of model.layers.1.mlp stands on the meta"):
+        NALoRA(model, opt)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+class Averaging:
+    """An optimizer that is none of torch's."""
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        self.param_groups = optimizer.param_groups
+
+    def step(self):
+        self.optimizer.step()
+
+def test_what_is_no_optimizer_of_torch_is_refused():
+    model = lora_llama()
+    opt = torch.optim.AdamW(lora_parameters(model))
+    with pytest.raises(ValueError, match=r"NALoRA hooks the step\(\) of a torch.optim.Optimizer, "
+                                         "which Averaging is not"):
+        NALoRA(model, Averaging(opt))
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
 def test_a_fused_layer_may_see_no_token_at_first():
     model = other_model("gate last")
     opt = torch.optim.SGD(lora_parameters(model), lr=0.1)
     tool = NALoRA(model, opt, NALoRAConfig(stride=1))
     model.forward(torch.randn(0, 5, 8)).square().sum().backward()
     other_step(model, 0, opt)
-    assert torch.equal(tool._stacks[0].rows, torch.arange(12, 24))
+    assert all(torch.equal(ffn.rows, torch.arange(12, 24)) for ffn in tool.ffns)
 
 def test_the_token_mask_of_an_encoder_decoder_is_the_encoders():
     model = nn.Module()
@@ -220,9 +250,7 @@ def test_the_token_mask_of_an_encoder_decoder_is_the_encoders():
         for block in blocks:
             x = block(x)
         x.square().mean().backward()
-    tool._add_up()
-    (stack,) = tool._stacks
-    assert dict(zip(stack.names, stack.sums.tokens.tolist())) == {
+    assert tokens_seen(tool) == {
         "encoder.block.0": 5, "encoder.block.1": 5, "decoder.block.0": 10}
 
 def test_lora_put_into_a_model_that_evaluates_evaluates():
@@ -284,4 +312,4 @@ def test_the_config_of_an_ffn_goes_before_the_models():
 def test_a_module_at_two_depths_has_the_name_that_torch_gives_it():
     model = nn.ModuleDict({"deep": nn.Sequential(nn.Linear(2, 2))})
     model["near"] = model["deep"][0]
-    assert list(families.own_modules(model)) == [name for name, _ in model.named_modules()]
+    assert list(families.unwrapped_modules(model)) == [name for name, _ in model.named_modules()]

@@ -1,13 +1,49 @@
-"""What the survey of transformers' families found is what MODELS.md and README.md say."""
-from nalora_hf import read_json, survey
+"""The survey of transformers' families: it sees what is wrong, and what it found is what MODELS.md
+and README.md say."""
+import pytest
+
+from nalora_hf import families, read_json, steer, survey
+
+TABLE = read_json(survey.PACKAGE / "MODELS.json")
 
 def test_the_families_in_the_documents_are_those_of_the_survey():
-    rows = read_json(survey.PACKAGE / "MODELS.json")
     text = (survey.PACKAGE / "MODELS.md").read_text(encoding="utf-8")
-    assert f"{survey.MARK}\n{survey.report(rows)}\n{survey.END}" in text
-    outcomes = [row["outcome"] for row in rows.values()]
-    assert outcomes.count("steered") >= 80 and "wrong" not in outcomes
+    assert f"{survey.MARK}\n{survey.report(TABLE)}\n{survey.END}" in text
+    outcomes = [row["outcome"] for row in TABLE.values()]
+    assert outcomes.count("steered") >= 96 and outcomes.count("ungated") >= 51
+    assert "wrong" not in outcomes
+    assert all(row["said"] for row in TABLE.values() if row["outcome"] in ("refused", "not built"))
     text = (survey.PACKAGE / "README.md").read_text(encoding="utf-8")
-    assert (f"Of the {len(rows)} causal language models" in text
+    assert (f"Of the {len(TABLE)} causal language models" in text
             and f"{outcomes.count('steered')} gated ones" in text
             and f"{outcomes.count('ungated')} without a gate" in text)
+
+@pytest.mark.parametrize("name", [
+    "LlamaForCausalLM",  # gate_proj
+    "Glm4ForCausalLM",  # gate and up in one layer
+    "DoryForCausalLM",  # the gate is changed before the activation
+    "Lfm2ForCausalLM",  # another name, and no activation module
+    "DeepseekV3ForCausalLM",  # dense and shared FFNs beside experts
+    "MixtralForCausalLM",  # experts alone
+    "GPT2LMHeadModel",  # no gate
+    "MiniMaxM3VLForCausalLM",  # a fused layer whose activation cannot be seen
+])
+def test_interop_families_are_what_the_table_says(name):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    if not hasattr(transformers, name):
+        pytest.skip("this transformers has no such model")
+    assert survey.try_family(name) == TABLE[name]
+
+def test_interop_the_survey_sees_what_is_wrong(monkeypatch):
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    monkeypatch.setattr(families, "calls", lambda ffn, phi: False)  # then z is the gate's output
+    assert survey.try_family("DoryForCausalLM") == {
+        "outcome": "wrong", "how": "", "said": "importance is not that of the activation's input"}
+    monkeypatch.undo()
+    row_factor = steer.NALoRA.row_factor
+    monkeypatch.setattr(steer.NALoRA, "row_factor",
+                        lambda self, group: row_factor(self, group).roll(1, -2))
+    assert survey.try_family("LlamaForCausalLM") == {
+        "outcome": "wrong", "how": "", "said": "a step is not blended as mask and scale say"}

@@ -63,16 +63,16 @@ def built(monkeypatch):
     def noting(*args):
         trainer, callback = build(*args)
         masks = []
-        show = callback.before_pass
-
-        def before_pass(*args):
-            show(*args)
-            masks.append(callback.nalora.token_mask)
-
-        callback.before_pass = before_pass
         made.append((trainer, callback, masks))
         return trainer, callback
 
+    set_token_mask = nalora_hf.NALoRA.set_token_mask
+
+    def noting_masks(self, *args):
+        set_token_mask(self, *args)
+        made[-1][2].append(self.token_mask)
+
+    monkeypatch.setattr(nalora_hf.NALoRA, "set_token_mask", noting_masks)
     monkeypatch.setattr(finetune, "build", noting)
     return made
 

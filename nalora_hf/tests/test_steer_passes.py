@@ -1,330 +1,278 @@
-"""Which passes and steps count: thrown away, computed twice, of copies, of other optimizers."""
-import copy
-import gc
-import io
+"""Which passes count: those computed in train mode, with gradients, once each."""
 import math
 import warnings
-import weakref
 
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
+from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nalora import NALoRAConfig
 from nalora_hf import NALoRA, lora_parameters
-from nalora_hf.tests.helpers import (batch, checkpointed, ends_alike, equal, lora_llama, snapshot,
-                                     start, state_of, take_step)
+from nalora_hf.tests.helpers import (FFN, batch, ends_alike, equal, family, in_blocks, other_model,
+                                     sgd, snapshot, start, state_of, take_step)
 
-@pytest.mark.parametrize("other", [torch.optim.SGD, torch.optim.AdamW])
-@pytest.mark.parametrize("fused", [False, True])
-def test_it_warns_when_the_optimizer_it_was_given_is_not_the_one_that_steps(other, fused):
-    model, opt, tool = start(NALoRAConfig())
-    other = other(lora_parameters(model), lr=0.1, fused=fused)
-    take_step(model, other, 0)
-    with pytest.warns(UserWarning, match="Something else moved the LoRA parameters"):
-        take_step(model, other, 1)
-    model, opt, tool = start(NALoRAConfig())
-    for i in range(6):
-        take_step(model, opt, i)
-    other = type(other)(lora_parameters(model), lr=0.1, fused=fused)
-    with pytest.warns(UserWarning, match="Something else moved the LoRA parameters"):
-        for i in range(6, 16):
-            take_step(model, other, i)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for i in range(16, 40):
-            take_step(model, opt, i)
-        tool.remove()
-        take_step(model, other, 40)
+def tokens_of(tool):
+    """How many tokens of each FFN were observed since the last step."""
+    tool.add_up()
+    return [n for group in tool.groups for n in group.sums.tokens.tolist()]
 
-def test_a_forgotten_nalora_is_freed():
-    model, opt, tool = start(NALoRAConfig())
-    take_step(model, opt, 0)
-    held = [weakref.ref(x) for x in (tool, tool._watch, opt, lora_parameters(model)[0])]
-    del model, opt, tool
-    gc.collect()
-    assert [x() for x in held] == [None] * 4
+# ---- what counts ---------------------------------------------------------------------------------
+class Fails(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
 
-def test_an_optimizer_that_evaluates_a_closure_is_no_reason_to_warn(recwarn):
-    model, opt, tool = start(NALoRAConfig(), optimizer=torch.optim.LBFGS, max_iter=3)
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("out of memory")
 
-    def closure():
-        opt.zero_grad()
-        loss = model(*batch(0))[1]
-        loss.backward()
-        return loss
-
-    opt.step(closure), opt.step(closure)
-    assert tool.state_dict()["steps"] == 2
-    assert not [w for w in recwarn if "NALoRA" in str(w.message)]
-
-@pytest.mark.parametrize("kind", ["zero_grad", "zeros in place", "GradScaler", "no backward"])
-def test_a_pass_whose_gradients_are_thrown_away_leaves_nothing(kind):
-    states = []
-    for thrown in (False, True):
+@pytest.mark.parametrize("kind", ["zero_grad", "zeros in place", "no backward", "times 0",
+                                  "GradScaler", "an error in backward", "an error in the step"])
+def test_a_pass_counts_when_it_is_computed(kind):
+    """Whatever becomes of its gradients: the next step is decided as if it was a microbatch."""
+    def run(thrown):
         model, opt, tool = start(NALoRAConfig(stride=1, keep=0.25))
-        scaler = torch.amp.GradScaler("cpu", init_scale=4.0, enabled=kind == "GradScaler")
         take_step(model, opt, 7)
-        if thrown:
-            loss = model(*batch(5))[1] * (math.inf if kind == "GradScaler" else 1)
-            if kind != "no backward":
-                scaler.scale(loss).backward()
-            if kind == "GradScaler":
-                scaler.step(opt)
-                scaler.update()
-            opt.zero_grad(set_to_none=kind != "zeros in place")
-        for microbatch in (0, 1):  # two that count
-            scaler.scale(model(*batch(microbatch))[1]).backward()
-        scaler.step(opt)
-        states.append(state_of(tool))
-    assert equal(*states)
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_recomputation_sees_the_mask_and_the_tokens_of_its_own_pass(reentrant):
-    states = []
-    for again in (False, True):
-        model = checkpointed(lora_llama(), reentrant) if again else lora_llama()
-        model, opt, tool = start(NALoRAConfig(stride=3, keep=0.25), model)
-        for step in range(2):
-            total = 0
-            for i, shape in enumerate(((4, 14), (4, 14))):  # two passes, one backward
-                tokens, targets = batch(10 * step + i, shape)
-                tool.token_mask = torch.arange(shape[1]) < 6 + i + torch.arange(4)[:, None]
-                total = total + model(tokens, targets)[1]
-            total.backward()
-            opt.step()
-            opt.zero_grad()
-        states.append(state_of(tool))
-    assert all(torch.allclose(states[0][k].float(), states[1][k].float(), rtol=1e-5)
-               for k in states[0])
-    assert not torch.isnan(states[0]["model.layers.0.mlp/k_hat"])
-
-def test_a_copy_of_a_steered_model_disturbs_nothing_and_says_that_it_is_not_steered():
-    ends = []
-    for copied in (False, True):
-        model, opt, tool = start(NALoRAConfig(stride=1))
-        take_step(model, opt, 0)
-        if copied:
-            buffer = io.BytesIO()
-            torch.save(model, buffer)
-            buffer.seek(0)
-            for other in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
-                other_opt = torch.optim.AdamW(lora_parameters(other), lr=0.1)
-                with pytest.warns(UserWarning, match="the copy trains as plain LoRA"):
-                    take_step(other, other_opt, 5)
-                NALoRA(other, other_opt, NALoRAConfig(stride=1)).load_state_dict(tool.state_dict())
-                with warnings.catch_warnings():
-                    warnings.simplefilter("error")
-                    take_step(other, other_opt, 6)
-            other, other_opt, inert = copy.deepcopy((model, opt, tool))
-            with pytest.warns(UserWarning, match="the copy trains as plain LoRA"):
-                take_step(other, other_opt, 7)
-        take_step(model, opt, 1)
-        ends.append({**snapshot(model), **state_of(tool)})
-    assert equal(*ends)
-
-def test_a_cast_after_nalora_was_made_is_followed():
-    model, opt, tool = start(NALoRAConfig(stride=1, keep=0.25))
-    model.double()
-    before = snapshot(model)
-    take_step(model, opt, 0)
-    for name, s in tool.statistics().items():
-        moved = snapshot(model)[f"{name}.gate_proj.lora_B"] != before[f"{name}.gate_proj.lora_B"]
-        assert torch.equal(moved.any(1), s["mask"])
-
-@pytest.mark.parametrize("reentrant", [None, True, False])
-@pytest.mark.parametrize("shape", [(4, 15), (2, 6)])
-def test_a_pass_without_gradients_in_train_mode_leaves_no_trace(reentrant, shape):
-    """Such as a reference model's, with another mask and between a pass and its backward."""
-    states = []
-    for between in (False, True):
-        model = lora_llama()
-        if reentrant is not None:
-            model = checkpointed(model, reentrant)
-        model, opt, tool = start(NALoRAConfig(stride=3, keep=0.25), model)
-        for step in range(2):
-            for microbatch in range(2):
-                tokens, targets = batch(10 * step + microbatch)
-                tool.token_mask = torch.arange(15) < 6 + torch.arange(4)[:, None]
-                loss = model(tokens, targets)[1]
-                if between:
-                    with torch.no_grad():
-                        if shape == tokens.shape:
-                            tool.token_mask = torch.ones_like(tokens)
-                        model(*batch(99, shape))
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0, enabled=kind == "GradScaler")
+        handle = (model.model.norm.register_forward_hook(lambda m, i, x: Fails.apply(x))
+                  if kind == "an error in backward" and thrown else None)
+        loss = model(*batch(5))[1]
+        if handle is not None:
+            handle.remove()
+            with pytest.raises(RuntimeError, match="out of memory"):
                 loss.backward()
-            opt.step()
-            opt.zero_grad()
-        states.append({**state_of(tool), **snapshot(model)})
-    assert equal(*states)
-
-def test_an_optimizer_that_steps_during_backward_is_noticed():
-    model = lora_llama()
-    parameters = lora_parameters(model)
-    optimizers = [torch.optim.SGD([p], lr=0.1) for p in parameters]
-    NALoRA(model, optimizers)
-    for p, optimizer in zip(parameters, optimizers):
-        p.register_post_accumulate_grad_hook(lambda p, optimizer=optimizer: optimizer.step())
-    model(*batch(0))[1].backward()
-    with pytest.warns(UserWarning, match="no backward pass reach a gate before this step"):
-        model(*batch(1))[1].backward()
-
-def test_activations_that_work_in_place_are_observed():
-    states = []
-    for inplace in (False, True):
-        model = lora_llama()
-        for layer in model.model.layers:
-            layer.mlp.act_fn = nn.SiLU(inplace=inplace)
-        model, opt, tool = start(NALoRAConfig(stride=1), model)
-        for i in range(2):
-            take_step(model, opt, i)
-        states.append({**state_of(tool), **snapshot(model)})
-    assert equal(*states)
-
-def test_passes_that_are_never_trained_on_do_not_count_in_the_next_step():
-    def run(extra):
-        model, opt, tool = start(NALoRAConfig(stride=7), checkpointed(lora_llama(), True))
-        model(*batch(0))[1].backward()
-        if extra:
-            model(*batch(9))
-        opt.step()
-        opt.zero_grad()
-        take_step(model, opt, 1)
-        return model, opt, tool
-
-    ends_alike(run)
-
-def test_tokens_are_numbered_on_after_recomputation():
-    def run(again):
-        model = checkpointed(lora_llama(), True) if again else lora_llama()
-        model, opt, tool = start(NALoRAConfig(stride=7), model)
-        (model(*batch(0))[1] + model(*batch(1))[1]).backward()
-        take_step(model, opt, 2)
-        return model, opt, tool
-
-    ends_alike(run, exactly=False)
-
-@pytest.mark.parametrize("depth", [1, 2])
-def test_checkpoints_may_be_nested(depth):
-    def run(again):
-        model = lora_llama()
-        for _ in range(depth * again):
-            model = checkpointed(model, True)
-        model, opt, tool = start(NALoRAConfig(stride=3), model)
-        take_step(model, opt, 0)
-        return model, opt, tool
-
-    ends_alike(run, exactly=False)
-
-def test_a_microbatch_whose_gradients_were_clipped_counts():
-    def run(clipped):
-        model, opt, tool = start(NALoRAConfig(stride=1))
-        model(*batch(0))[1].backward()
-        if clipped:
-            nn.utils.clip_grad_norm_(lora_parameters(model), 1e-3)
-        take_step(model, opt, 1)
-        return model, opt, tool
-
-    ends_alike(run)
-
-def test_a_microbatch_whose_gradients_are_all_zero_counts():
-    def run(weight):
-        model, opt, tool = start(NALoRAConfig(stride=1))
-        (model(*batch(0))[1] * weight).backward()
-        take_step(model, opt, 1)
-        return model, opt, tool
-
-    ends_alike(run)
-
-def test_passes_through_an_inner_module_without_gradients_leave_no_trace():
-    class Wrapper(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.base_model = lora_llama()
-
-        def forward(self, *args):
-            return self.base_model(*args)
-
-    def run(generates):
-        model, opt, tool = start(NALoRAConfig(stride=3), Wrapper())
-        for i in range(3):
-            if generates:
-                with torch.no_grad():
-                    model.base_model(*batch(9, (2, 6)))
-            take_step(model, opt, i)
-        return model, opt, tool
-
-    ends_alike(run)
-
-@pytest.mark.parametrize("trained", ["both", "the first"])
-def test_recomputed_passes_are_recognised_whatever_their_order(trained):
-    def run(again):
-        model = checkpointed(lora_llama(), True) if again else lora_llama()
-        model, opt, tool = start(NALoRAConfig(stride=1, keep=0.25), model)
-        losses = []
-        for i in range(2):
-            tool.token_mask = torch.arange(15).expand(4, 15) < 5 + 6 * i
-            losses.append(model(*batch(i))[1])
-        for loss in losses[: 2 if trained == "both" else 1]:
+        elif thrown and kind == "GradScaler":
+            scaler.scale(loss * math.inf).backward()
+            scaler.step(opt), scaler.update()  # skips
+        elif thrown and kind == "an error in the step":
             loss.backward()
-        opt.step()
-        return model, opt, tool
-
-    ends_alike(run, exactly=False)
-
-@pytest.mark.parametrize("where", ["backward", "step"])
-def test_an_error_that_is_caught_leaves_nothing(where):
-    """As in a loop that goes on after memory did not suffice."""
-    class Fails(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            raise RuntimeError("out of memory")
-
-    def run(fails):
-        model, opt, tool = start(NALoRAConfig(stride=1))
+            handle = opt.register_step_pre_hook(lambda *args: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                opt.step()
+            handle.remove()
+        elif kind != "no backward":
+            (loss * (0 if kind == "times 0" else 1)).backward()
+        opt.zero_grad(set_to_none=kind != "zeros in place")
+        assert tokens_of(tool) == [60, 60] and tool.steps == 1
         take_step(model, opt, 0)
-        if fails:
-            norm = model.model.layers[1].input_layernorm
-            handles = [norm.register_forward_hook(lambda m, i, x: Fails.apply(x))]
-            if where == "step":
-                handles.pop().remove()
-                handles = [opt.register_step_pre_hook(lambda *args: 1 / 0)]
-            with pytest.raises((RuntimeError, ZeroDivisionError)):
-                take_step(model, opt, 5)
-            handles.pop().remove()
-            opt.zero_grad()
-        take_step(model, opt, 1)
+        assert tokens_of(tool) == [0, 0] and tool.steps == 2
         return model, opt, tool
 
     ends_alike(run)
 
-def test_a_new_nalora_takes_the_place_of_an_old_one():
-    """As when a notebook's cell is run again."""
-    def run(twice):
-        model, opt, tool = start(NALoRAConfig(stride=1))
-        if twice:
-            take_step(model, opt, 5)
-            model.load_state_dict(start()[0].state_dict())
-            opt = torch.optim.AdamW(lora_parameters(model), lr=1e-2)
-            tool = NALoRA(model, opt, NALoRAConfig(stride=1))
-        for i in range(9):
-            take_step(model, opt, i)
+@pytest.mark.parametrize("kind", ["no gradients", "inference mode", "evaluation", "generation",
+                                  "a pass that failed before", "frozen"])
+def test_other_passes_leave_no_trace(kind):
+    def run(between):
+        model, opt, tool = start(NALoRAConfig(stride=3))
+        for i in range(3):
+            if between and kind == "evaluation":
+                model.eval()(*batch(9))
+            elif between and kind == "generation":
+                model.generate(batch(9)[0], 3, stop=-1)
+            elif between and kind == "a pass that failed before":
+                model.model.layers[1].mlp.gate_proj(torch.randn(2, 5, 32))
+            elif between and kind == "frozen":
+                parameters = lora_parameters(model)
+                model.requires_grad_(False)
+                model(*batch(9))
+                for p in parameters:
+                    p.requires_grad_()
+            elif between:
+                with torch.no_grad() if kind == "no gradients" else torch.inference_mode():
+                    model(*batch(9, (2, 6)))
+            model.train()
+            loss = model(*batch(i))[1]
+            if between and kind == "no gradients":  # also between a pass and its backward
+                with torch.no_grad():
+                    model(*batch(9))
+            loss.backward()
+            opt.step(), opt.zero_grad()
         return model, opt, tool
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ends_alike(run)
+    ends_alike(run)
 
-def test_parameters_that_are_not_a_number_are_not_those_of_another_optimizer():
+def test_a_part_called_by_itself_counts():
+    model, opt, tool = start(NALoRAConfig(stride=1))
+    with torch.no_grad(), pytest.raises(IndexError):
+        model(batch(0)[0] + 61)  # no such token
+    model.model.layers[0].mlp(torch.randn(2, 5, 32))
+    assert tokens_of(tool) == [10, 0]
+
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_steps_without_a_pass_change_nothing_and_say_so_once(evaluates):
+    model, opt, tool = start(NALoRAConfig(keep=0.25))
+    take_step(model, opt, 0)
+    before = state_of(tool)
+    model.train(not evaluates)
+    with pytest.warns(UserWarning) as said:
+        for i in range(3):
+            take_step(model, opt, 1) if evaluates else opt.step()
+    assert [str(w.message)[:41] for w in said] == ["NALoRA saw no pass before this step: is t"]
+    assert equal(before, state_of(tool)) and tool.steps == 1
+
+@pytest.mark.parametrize("spoil", ["padding", "overflow", "overflow in float16"])
+def test_useless_statistics_change_nothing(spoil):
     model, opt, tool = start(NALoRAConfig())
     take_step(model, opt, 0)
+    before = tool.state_dict()["ffns"]
+    if spoil == "padding":
+        tool.token_mask = torch.zeros(4, 15)
+    else:
+        weight = model.model.layers[1].mlp.gate_proj.base_layer.weight
+        weight.data[0] *= math.inf if spoil == "overflow" else 1e6
+    with torch.autocast("cpu", torch.float16, enabled="float16" in spoil):
+        model(*batch(1))[1].backward()
+    opt.zero_grad()
+    opt.step()
+    assert tool.steps == 2
+    for name, s in tool.state_dict()["ffns"].items():
+        assert equal(before[name], s) == (spoil == "padding" or "layers.1" in name)
+
+# ---- by other ways -------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["functional_call", "func.grad", "vmap", "vmap of func.grad"])
+def test_passes_under_torch_func_work_and_do_not_count(kind):
+    """functional_call alone is an ordinary pass."""
+    def run(steers):
+        model, opt, tool = start(NALoRAConfig(stride=1) if steers else None)
+        trains = {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+        def loss(parameters, tokens):
+            logits, _ = functional_call(model, parameters, (tokens[None],))
+            return F.cross_entropy(logits[0, :-1], tokens[1:])
+
+        def mean(parameters):
+            return sum(loss(parameters, row) for row in batch(0)[0]) / 4
+
+        detached = {n: p.detach() for n, p in trains.items()}
+        with sdpa_kernel(SDPBackend.MATH):
+            if kind == "functional_call":
+                mean(trains).backward()
+            elif kind == "vmap":
+                vmap(loss, (None, 0))(trains, batch(0)[0]).mean().backward()
+            else:
+                of_each = (grad(mean)(detached) if kind == "func.grad" else
+                           {n: g.mean(0) for n, g in
+                            vmap(grad(loss), (None, 0))(detached, batch(0)[0]).items()})
+                for name, p in trains.items():
+                    p.grad = of_each[name]
+        if steers:
+            counted = kind == "functional_call"
+            assert tokens_of(tool) == ([60, 60] if counted else [0, 0])
+        return {n: p.grad for n, p in trains.items()}
+
+    with_it, without = run(True), run(False)
+    assert equal(with_it, without)
+
+def test_what_torch_func_computes_is_named_where_no_other_pass_was():
+    model, opt, tool = start(NALoRAConfig())
     for p in lora_parameters(model):
-        p.data.fill_(math.nan)
-    tool._watch.note_rows()
+        p.grad = torch.zeros_like(p)
+    with pytest.warns(UserWarning, match="Passes under torch.func are not counted"):
+        opt.step()
+
+def test_gradients_may_be_kept_elsewhere():
+    """As of microbatches that are added up in buffers of one's own."""
+    def run(elsewhere):
+        model, opt, tool = start(NALoRAConfig(stride=1))
+        kept = {p: torch.zeros_like(p) for p in lora_parameters(model)}
+
+        def take(p):
+            kept[p] += p.grad
+            p.grad = None
+
+        handles = [p.register_post_accumulate_grad_hook(take) for p in kept if elsewhere]
+        for row, targets in zip(*batch(0)):
+            (model(row[None], targets[None])[1] / 4).backward()
+        for p in kept if elsewhere else ():
+            p.grad = kept[p]
+        opt.step()
+        assert len(handles) == len(kept) * elsewhere
+        return model, opt, tool
+
+    ends_alike(run)
+
+def test_an_ffn_that_a_step_leaves_out_keeps_its_state_and_is_no_reason_to_warn():
+    model = nn.Module()
+    model.text, model.vision = other_model().layers, other_model(act=nn.GELU()).layers
+    opt = sgd(model)
+    tool = NALoRA(model.train(), opt)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model(*batch(1))
+        for evaluated in (False, True):
+            if evaluated:
+                model.vision[0](torch.randn(2, 5, 8))
+            model.text[0](torch.randn(2, 5, 8)).sum().backward()
+            opt.step()
+    seen = {name: math.isfinite(s["k_hat"]) for name, s in tool.statistics().items()}
+    assert seen == {"text.0": True, "text.1": False, "vision.0": True, "vision.1": False}
+
+@pytest.mark.parametrize("names, seen", [("text vision", [5, 0, 18, 0]), ("decoder", [5, 0]),
+                                         ("", [5, 0])])
+def test_a_token_mask_is_of_one_tower(names, seen):
+    """Such as OPT's, whose layers are called decoder.layers; or layers that are the whole model."""
+    model = nn.Module()
+    for name in names.split():
+        model.add_module(name, in_blocks(other_model().layers))
+    model = model.train() if names else in_blocks(other_model().layers)
+    tool = NALoRA(model, sgd(model), NALoRAConfig(stride=1))
+    tool.token_mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 0, 0, 0]])
+    towers = list(model.children()) if names else [model]
+    towers[0][0].mlp(torch.randn(2, 5, 8))
+    if len(towers) > 1:
+        towers[1][0].mlp(torch.randn(2, 9, 8))
+    else:
+        with pytest.raises(ValueError, match=r"token_mask is \(2, 5\)"):
+            towers[0][0].mlp(torch.randn(2, 9, 8))
+    assert tokens_of(tool) == seen
+
+def test_whether_a_token_mask_fits_is_asked_at_each_step():
+    model = nn.Module()
+    model.text, model.vision = other_model().layers, other_model(count=1, act=nn.GELU()).layers
+    opt = sgd(model)
+    tool = NALoRA(model.train(), opt)
+    tool.token_mask = torch.ones(2, 5)
+
+    def step(*shape):
+        model.text[1](model.text[0](torch.randn(shape))).sum().backward()
+        model.vision[0](torch.randn(9, 8)).sum().backward()
+        opt.step()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(2, 5, 8)
+    with pytest.warns(UserWarning, match="token_mask fits no FFN"):
+        step(2, 4, 8)
+
+def test_interop_two_adapters_of_peft_are_steered_in_turn():
+    """Each by its own NALoRA, which sees the passes of its adapter alone."""
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=FFN)
+    model = peft.get_peft_model(family("Llama"), settings, adapter_name="A")
+    model.add_adapter("B", settings)
+    model.get_input_embeddings().requires_grad_()  # so that a pass without adapters trains, too
+    tools = {}
+    for name in "AB":
+        model.set_adapter(name)
+        own = [p for n, p in model.named_parameters() if f".{name}." in n]
+        opt = torch.optim.AdamW(own, lr=1e-2)
+        tools[name] = opt, NALoRA(model.train(), opt, NALoRAConfig(stride=1, keep=0.25))
+    for i, name in enumerate("ABBABA"):
+        model.set_adapter(name)
+        opt, tool = tools[name]
+        before = snapshot(model)
+        with model.disable_adapter():  # as for a reference model
+            model(input_ids=batch(9)[0])
+        assert tokens_of(tool) == [0, 0]
+        model(input_ids=batch(i)[0], labels=batch(i)[0]).loss.backward()
+        assert tokens_of(tool) == [60, 60]
+        assert all(tokens_of(other) == [0, 0] for _, other in tools.values() if other is not tool)
+        opt.step(), opt.zero_grad()
+        for ffn in tool.ffns:
+            (old,) = [before[n] for n, p in model.named_parameters() if p is ffn.B_gate]
+            moved = (ffn.B_gate != old).any(1)
+            assert torch.equal(moved, ffn.state.mask) and moved.sum() == 12
+    assert [tool.steps for _, tool in tools.values()] == [3, 3]

@@ -8,12 +8,8 @@ import torch
 from nalora import NALoRAConfig
 from nalora_hf import NALoRA, adapters, inject_lora, lora_parameters, merge_lora
 from nalora_hf.families import ACTIVATIONS
-from nalora_hf.tests.helpers import (FFN, batch, equal, lora_llama, small_llama, snapshot, start,
+from nalora_hf.tests.helpers import (FFN, batch, lora_llama, small_llama, snapshot, start,
                                      take_step, with_activation)
-
-def first(tool):
-    """Statistics of the first FFN."""
-    return next(iter(tool.statistics().values()))
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_every_activation_trains(act):
@@ -24,32 +20,26 @@ def test_every_activation_trains(act):
     for s in tool.statistics().values():
         assert (s["scale"] == 1) == (act == "relu") and s["mask"].sum() == 24
 
-@pytest.mark.parametrize("spoil", ["padding", "overflow", "overflow in float16"])
-def test_useless_statistics_change_nothing(spoil):
-    model, opt, tool = start(NALoRAConfig())
-    take_step(model, opt, 0)
-    before = tool.state_dict()["ffns"]
-    if spoil == "padding":
-        tool.token_mask = torch.zeros(4, 15)
-    else:
-        weight = model.model.layers[1].mlp.gate_proj.base_layer.weight
-        weight.data[0] *= math.inf if spoil == "overflow" else 1e6
-    with torch.autocast("cpu", torch.float16, enabled="float16" in spoil):
-        model(*batch(1))[1].backward()
-    opt.zero_grad()
-    opt.step()
-    for name, s in tool.state_dict()["ffns"].items():
-        assert equal(before[name], s) or spoil != "padding" and "layers.0" in name
-
-@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
-def test_other_optimizers_and_low_precision_adapters(optimizer):
-    model, opt, tool = start(NALoRAConfig(scale="none"), lora_llama().bfloat16(), optimizer)
-    before = snapshot(model)
-    take_step(model, opt, 0)
-    for name, s in tool.statistics().items():
-        B = f"{name}.gate_proj.lora_B"
-        same = (snapshot(model)[B] == before[B]).all(1)
-        assert same[~s["mask"]].all() and not same[s["mask"]].all()
+@pytest.mark.parametrize("optimizer, dtype", [
+    (torch.optim.SGD, torch.bfloat16), (torch.optim.Adam, torch.bfloat16),
+    (torch.optim.SGD, torch.float16), (torch.optim.Adam, torch.float64)])
+def test_adapters_of_other_precisions(optimizer, dtype):
+    """Also on a base of another one: what is summed and blended is float32 or wider."""
+    for base in (dtype, torch.float32):
+        model = lora_llama().to(base)
+        for p in lora_parameters(model):
+            p.data = p.data.to(dtype)
+        model, opt, tool = start(NALoRAConfig(scale="none"), model, optimizer)
+        for i in range(2):
+            before = snapshot(model)
+            take_step(model, opt, i)
+            for name, s in tool.statistics().items():
+                B = f"{name}.gate_proj.lora_B"
+                same = (snapshot(model)[B] == before[B]).all(1)
+                assert same[~s["mask"]].all() and not same[s["mask"]].all()
+                wide = torch.float64 if dtype == torch.float64 else torch.float32
+                assert s["importance"].dtype == wide and s["mask"].sum() == 24
+                assert snapshot(model)[B].dtype == dtype
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
 def test_autocast(dtype, tolerance):
@@ -76,25 +66,12 @@ def test_gates_that_are_all_zero():
     opt = torch.optim.AdamW(lora_parameters(model), lr=1e-2)
     tool = NALoRA(model, opt, NALoRAConfig(stride=1))
     take_step(model, opt, 0)  # lora_B = 0, so the gates of layer 0 are 0
-    s = first(tool)
+    s = tool.statistics()["model.layers.0.mlp"]
     assert (s["k_hat"], s["occupancy"], s["scale"]) == (1, 0, 1)
     assert s["importance"].tolist() == pytest.approx([0.05] * 48)  # (1 - ema) phi'(0)
     assert math.isfinite(take_step(model, opt, 1))
 
-def test_a_float64_model_trains():
-    model, opt, tool = start(NALoRAConfig(), lora_llama().double())
-    take_step(model, opt, 0)
-    take_step(model, opt, 1)
-    assert all(s["importance"].dtype == torch.float64 for s in tool.statistics().values())
-    base = small_llama().double()  # and so it does with its adapters in float32
-    inject_lora(base, FFN, 4, 8)
-    opt = torch.optim.AdamW(lora_parameters(base))
-    tool = NALoRA(base, opt)
-    take_step(base, opt, 0)
-    for s in tool.statistics().values():
-        assert s["importance"].dtype == torch.float32 and s["mask"].sum() == 24
-
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(30))
 def test_random_shapes(seed):
     """Odd sizes, rank 1 to full, one token or none, padding only, frozen parts, any setting."""
     rng = random.Random(seed)
@@ -114,13 +91,13 @@ def test_random_shapes(seed):
     settings = NALoRAConfig(
         keep=rng.uniform(0.01, 1), ema=rng.choice([0, 0.9]), stride=rng.choice([1, 2, 17, 1000]),
         mask=rng.choice(["derivative", "none"]), scale=rng.choice(["homogeneity", "none"]))
-    random_run(rng, model, model.config.vocab_size, settings, NALoRA)
+    random_run(rng, model, model.config.vocab_size, settings)
 
-def random_run(rng, model, vocabulary, settings, steer):
-    """Four random steps under steer(model, optimizer, settings): what must hold always."""
+def random_run(rng, model, vocabulary, settings):
+    """Four random steps: what must hold always."""
     optimizer = rng.choice([torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])
     model, opt, _ = start(None, model, optimizer)
-    tool = steer(model, opt, settings)
+    tool = NALoRA(model, opt, settings)
     frozen = [(p, p.detach().clone()) for p in lora_parameters(model)[2:] if rng.random() < 0.3]
     for p, _ in frozen:
         p.requires_grad_(False)
@@ -151,34 +128,3 @@ def random_run(rng, model, vocabulary, settings, steer):
         adapted = model(tokens)[0]
         merge_lora(model)
         torch.testing.assert_close(model(tokens)[0], adapted, atol=1e-4, rtol=1e-3)
-
-class Waits(torch.utils._python_dispatch.TorchDispatchMode):
-    """Notes every operation that would wait for a GPU."""
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = str(function)
-        waits = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal.default")
-        indexed = "aten.index." in name or "index_put" in name
-        by_bool = indexed and any(i is not None and i.dtype == torch.bool for i in args[1])
-        if by_bool or any(word in name for word in waits):
-            self.found.append(name)
-        return function(*args, **(kwargs or {}))
-
-def test_a_step_waits_for_nothing():
-    model, opt, tool = start(NALoRAConfig(stride=1))
-    tokens, _ = batch(0)
-    tool.token_mask = torch.ones_like(tokens)
-    for i in range(4):
-        take_step(model, opt, i)  # at passes 1, 2, 4, 8, ... it looks for steps by others
-    with Waits() as waits:
-        model(tokens)[0].sum().backward()
-        model(tokens)[0].sum().backward()
-        tool._before_step(opt, (), {})  # alone: AdamW itself reads its count of steps on the CPU
-        tool._after_step(opt, (), {})
-    assert waits.found == []
-    with Waits() as waits:
-        first(tool)
-    assert waits.found  # it can fail

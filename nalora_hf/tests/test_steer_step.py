@@ -1,90 +1,26 @@
-"""What NALoRA sums, decides and does to a step, on our Llama."""
-import copy
+"""What a step does to the parameters, and what it is decided by, on our Llama."""
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from nalora import (GateSums, NALoRAConfig, State, blend, decide, effective_homogeneity,
-                    importance_mask, observe, step_scale, value_and_slope)
-from nalora_hf import NALoRA, inject_lora, lora_parameters
-from nalora_hf.tests.helpers import (FFN, batch, equal, lora_llama, small_llama, snapshot, start,
-                                     take_step)
-
-def test_the_pure_core_takes_any_leading_dimensions_and_sums_add_up():
-    z = torch.randn(2, 3, 8, 20)
-    weight = (torch.rand(2, 3, 8) < 0.7).float()
-    weight[0, 0] = 0  # an FFN that saw nothing keeps its state
-    whole = observe(F.silu, z, weight)
-    halves = [observe(F.silu, z[..., part, :], weight[..., part])
-              for part in (slice(4), slice(4, None))]
-    for found, right in zip(halves[0] + halves[1], whole):
-        torch.testing.assert_close(found, right)
-    state = State(torch.rand(2, 3, 20), torch.rand(2, 3, 20) < 0.5, *torch.rand(3, 2, 3))
-    config = NALoRAConfig(keep=0.3, ema=0.4)
-    new = decide(state, whole, config)
-    assert all(torch.equal(now[0, 0], before[0, 0]) for now, before in zip(new, state))
-    for i, j in [(0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]:
-        sums = GateSums(*(t[i, j] for t in whole))
-        alone = decide(State(*(t[i, j] for t in state)), sums, config)
-        assert all(map(torch.equal, alone, (t[i, j] for t in new)))
-        seen = z[i, j][weight[i, j] > 0]
-        score = value_and_slope(F.silu, seen)[1].abs().mean(0)
-        torch.testing.assert_close(alone.importance, 0.6 * score + 0.4 * state.importance[i, j])
-        assert torch.equal(alone.mask, importance_mask(alone.importance, 0.3))
-        torch.testing.assert_close(alone.k_hat, effective_homogeneity(F.silu, seen))
-        assert alone.occupancy.item() == pytest.approx((seen > 0).float().mean().item())
-        assert alone.scale.item() == pytest.approx(1 / min(max(alone.k_hat.item(), 0.5), 2))
-
-def test_no_sum_is_taken_in_half_precision():
-    """Neither under autocast nor of gates that are half themselves."""
-    torch.manual_seed(0)
-    z = torch.randn(2, 300, 48)
-    ones = torch.ones(2, 300)
-    with torch.autocast("cpu", torch.bfloat16):
-        sums = observe(F.silu, z, ones)
-    assert all(map(torch.equal, sums, observe(F.silu, z, ones)))
-    half = z.bfloat16()
-    assert all(map(torch.equal, observe(F.silu, half, ones), observe(F.silu, half.float(), ones)))
-
-def test_padding_may_hold_anything():
-    z = torch.randn(9, 48)
-    expected = observe(F.silu, z[:5], torch.ones(5))
-    z[5:] = math.nan
-    for found, right in zip(observe(F.silu, z, torch.tensor([1] * 5 + [0] * 4)), expected):
-        torch.testing.assert_close(found, right)
-
-def test_an_infinite_sum_changes_nothing():
-    z = torch.randn(3, 9, 48)
-    z[1, 4, 7] = math.inf
-    sums = observe(F.silu, z, torch.ones(3, 9))
-    before = State(torch.zeros(3, 48), torch.zeros(3, 48) > 0, *torch.zeros(3, 3))
-    after = decide(before, sums, NALoRAConfig())
-    assert all((t[1] == 0).all() and (t[0] != 0).any() for t in after)
-
-def test_correct_is_exact_at_both_ends_and_goes_beyond():
-    before, after = torch.randn(2, 6, 3)
-    factor = torch.tensor([0, 1, 0.3, 0.7, 2, -1])[:, None]
-    found = blend(before, after, factor)
-    assert torch.equal(found[0], before[0]) and torch.equal(found[1], after[1])
-    torch.testing.assert_close(found, before + factor * (after - before))
+from nalora import (NALoRAConfig, effective_homogeneity, importance_mask, step_scale,
+                    value_and_slope)
+from nalora_hf import NALoRA, lora_parameters
+from nalora_hf.tests.helpers import (batch, ends_alike, equal, lora_llama, small_llama, snapshot,
+                                     start, take_step)
 
 def first(tool):
     """Statistics of the first FFN."""
     return next(iter(tool.statistics().values()))
 
-def test_float32_adapters_on_a_bfloat16_base():
-    model = small_llama().bfloat16()
-    inject_lora(model, FFN, 4, 8)
-    assert {p.dtype for p in lora_parameters(model)} == {torch.float32}
-    model, opt, tool = start(NALoRAConfig(), model)
-    assert model(*batch(0))[0].dtype == torch.bfloat16
-    take_step(model, opt, 0)
-    assert all(s["importance"].dtype == torch.float32 for s in tool.statistics().values())
-
-def test_rows_are_put_back_bit_for_bit_or_take_exactly_loras_step():
-    model, opt, tool = start(NALoRAConfig(scale="none", keep=0.3), weight_decay=0.1)
+# ---- what moves ----------------------------------------------------------------------------------
+@pytest.mark.parametrize("mask", ["none", "derivative"])
+@pytest.mark.parametrize("scale", ["none", "homogeneity"])
+def test_each_step_is_loras_times_scale_and_mask(mask, scale):
+    """Resting rows keep their bits under momentum and decay; factor 1 is LoRA's step exactly."""
+    model, opt, tool = start(NALoRAConfig(mask=mask, scale=scale, keep=0.3), weight_decay=0.1)
     plain, plain_opt, _ = start(weight_decay=0.1)
     for i in range(4):
         before = snapshot(model)
@@ -92,26 +28,33 @@ def test_rows_are_put_back_bit_for_bit_or_take_exactly_loras_step():
         take_step(plain, plain_opt, i)
         take_step(model, opt, i)
         stepped = snapshot(plain)
-        now = snapshot(model)
-        for name, s in tool.statistics().items():
-            B = f"{name}.gate_proj.lora_B"
-            rows = s["mask"]
-            assert rows.sum() == math.ceil(0.3 * 48)
-            assert torch.equal(now[B][~rows], before[B][~rows])
-            assert torch.equal(now[B][rows], stepped[B][rows])
-            assert not torch.equal(now[B], stepped[B])
-        others = [n for n in now if not n.endswith("gate_proj.lora_B")]
-        assert others and all(torch.equal(now[n], stepped[n]) for n in others)
+        for name, now in snapshot(model).items():
+            s = tool.statistics()[name.rsplit(".", 2)[0]]
+            factor = torch.full((len(now), 1), s["scale"])
+            if name.endswith("gate_proj.lora_B"):
+                factor *= s["mask"][:, None]
+                assert s["mask"].sum() == (15 if mask == "derivative" else 48)
+            wanted = before[name] + factor * (stepped[name] - before[name])
+            torch.testing.assert_close(now, wanted)
+            assert not torch.equal(now, before[name])
+            for exact, other in ((factor == 0, before), (factor == 1, stepped)):
+                assert torch.equal(now[exact[:, 0]], other[name][exact[:, 0]])
+    scales = [s["scale"] for s in tool.statistics().values()]
+    assert (len({1, *scales}) == 3) == (scale == "homogeneity")
 
 @pytest.mark.parametrize(
-    "config", [NALoRAConfig(keep=1, scale="none"), NALoRAConfig(mask="none", scale="none")])
-def test_switched_off_it_is_lora_bit_for_bit(config):
+    "config", [NALoRAConfig(keep=1, scale="none"), NALoRAConfig(mask="none", scale="none"), None])
+def test_switched_off_or_taken_off_it_is_lora_bit_for_bit(config):
     plain, plain_opt, _ = start(weight_decay=0.1)
-    model, opt, _ = start(config, weight_decay=0.1)
+    model, opt, tool = start(config or NALoRAConfig(), weight_decay=0.1)
+    if config is None:
+        tool.remove()
     for i in range(20):
         assert take_step(plain, plain_opt, i) == take_step(model, opt, i)
     assert equal(snapshot(plain), snapshot(model))
+    assert tool.steps == (0 if config is None else 20)
 
+# ---- what it is decided by -----------------------------------------------------------------------
 def test_statistics_are_those_of_the_step():
     model, opt, tool = start(NALoRAConfig(stride=1, ema=0.8))
     gates = {}
@@ -136,23 +79,8 @@ def test_statistics_are_those_of_the_step():
             assert s["k_hat"] == pytest.approx(k_hat.item())
             assert s["occupancy"] == pytest.approx(occupancy.item())
             assert s["scale"] == pytest.approx(step_scale(k_hat, occupancy).item())
-
-@pytest.mark.parametrize("mask", ["none", "derivative"])
-def test_the_step_of_every_ffn_pair_is_scaled(mask):
-    plain, plain_opt, _ = start()
-    model, opt, tool = start(NALoRAConfig(mask=mask))
-    before = snapshot(plain)
-    take_step(plain, plain_opt, 0)
-    take_step(model, opt, 0)
-    stepped = snapshot(plain)
-    statistics = tool.statistics()
-    for name, now in snapshot(model).items():
-        s = statistics[name.rsplit(".", 2)[0]]
-        rows = s["mask"][:, None] if name.endswith("gate_proj.lora_B") else 1
-        torch.testing.assert_close(
-            now, before[name] + s["scale"] * rows * (stepped[name] - before[name]))
-    scales = [s["scale"] for s in statistics.values()]
-    assert scales[0] != scales[1] != 1
+    for ffn in tool.ffns:
+        assert torch.equal(ffn.state.mask, tool.statistics()[ffn.name]["mask"])
 
 def test_microbatches_equal_one_batch():
     model, opt, whole = start(NALoRAConfig(stride=1))
@@ -164,6 +92,7 @@ def test_microbatches_equal_one_batch():
             (model_m(tokens[j : j + 1], targets[j : j + 1])[1] / 4).backward()
         opt_m.step()
         opt_m.zero_grad()
+    assert parts.steps == 3
     for a, b in zip(whole.statistics().values(), parts.statistics().values()):
         torch.testing.assert_close(a["importance"], b["importance"])
         assert torch.equal(a["mask"], b["mask"])
@@ -171,7 +100,7 @@ def test_microbatches_equal_one_batch():
     for name, p in snapshot(model).items():
         torch.testing.assert_close(p, snapshot(model_m)[name], atol=1e-5, rtol=1e-3)
 
-def test_token_mask_leaves_padding_out():
+def test_a_token_mask_leaves_padding_out():
     model, opt, short = start(NALoRAConfig(stride=1))
     take_step(model, opt, 0)
     model, opt, padded = start(NALoRAConfig(stride=1))
@@ -184,9 +113,20 @@ def test_token_mask_leaves_padding_out():
         torch.testing.assert_close(a["importance"], b["importance"])
         assert a["k_hat"] == pytest.approx(b["k_hat"], rel=1e-5)
         assert a["occupancy"] == pytest.approx(b["occupancy"])
-    fault = r"token_mask is \(4, 21\) but the gates see tokens \(4, 15\)"
-    with pytest.raises(ValueError, match=fault):
-        model(tokens, targets)
+    for wrong, message in ((padded.token_mask, r"token_mask is \(4, 21\), but the gates see tokens "
+                            r"\(4, 15\)"), (torch.ones(15, 4), r"token_mask is \(15, 4\)")):
+        padded.token_mask = wrong
+        with pytest.raises(ValueError, match=message):
+            model(tokens, targets)
+
+def test_a_token_mask_says_yes_or_no():
+    def run(three):
+        model, opt, tool = start(NALoRAConfig(stride=1))
+        tool.token_mask = (3 if three else 1) * (torch.arange(15).expand(4, 15) < 9)
+        take_step(model, opt, 0)
+        return model, opt, tool
+
+    ends_alike(run)
 
 def test_stride_observes_every_nth_token():
     seen = []
@@ -197,6 +137,8 @@ def test_stride_observes_every_nth_token():
         attention = model.model.layers[0].self_attn
         attention.o_proj.weight.data.zero_()  # layer 0 then sees the token alone, not its place
         model(repeated, targets)[1].backward()
+        tool.add_up()
+        assert tool.groups[0].sums.tokens.tolist() == [56 / stride] * 2
         opt.step()
         seen.append(first(tool))
     torch.testing.assert_close(*(s["importance"] for s in seen))  # one of each is enough
@@ -215,100 +157,67 @@ def test_no_place_of_a_sequence_is_always_missed():
         observed.append(not torch.equal(before, first(tool)["importance"]))
     assert observed == [i == 3 for i in range(7)]  # at step 3, real tokens have their turn
 
-def test_evaluation_leaves_no_trace():
-    model, opt, _ = start(NALoRAConfig())
-    model_e, opt_e, _ = start(NALoRAConfig())
+def test_tokens_are_numbered_within_each_pass():
+    """Of 15 tokens 3, 10 are observed at step 3, whatever passes came before."""
+    model, opt, tool = start(NALoRAConfig(stride=7))
     for i in range(3):
-        with torch.no_grad():
-            model_e(*batch(100 + i))  # no gradient
-        model_e.eval()
-        model_e(*batch(200 + i))  # evaluation mode
-        model_e.generate(batch(0)[0], 3, stop=-1)
-        model_e.train()
-        assert take_step(model, opt, i) == take_step(model_e, opt_e, i)
-    assert equal(snapshot(model), snapshot(model_e))
-
-@pytest.mark.parametrize("config",
-                         [NALoRAConfig(), NALoRAConfig(mask="none"), NALoRAConfig(scale="none")])
-def test_state_dict_round_trip(config):
-    model, opt, tool = start(config)
-    take_step(model, opt, 0)
-    state = tool.state_dict()
-    again, new, other = start(config, lora_llama(seed=0))
-    again.load_state_dict(model.state_dict())
-    new.load_state_dict(copy.deepcopy(opt.state_dict()))
-    other.load_state_dict(state)
-    for i in range(1, 4):
         take_step(model, opt, i)
-        take_step(again, new, i)
-    assert equal(snapshot(model), snapshot(again))
-    assert other.state_dict()["steps"] == 4
-    for name, s in tool.state_dict()["ffns"].items():
-        assert equal(s, other.state_dict()["ffns"][name])
-    with pytest.raises(ValueError, match="was made with"):
-        start(NALoRAConfig(keep=0.123))[2].load_state_dict(state)
-    with pytest.raises(ValueError, match="another model"):
-        start(config, lora_llama(num_hidden_layers=1))[2].load_state_dict(state)
+    for i, real in enumerate(((3, 10), (3,), (0, 4, 9, 11))):
+        tool.token_mask = torch.zeros(1, 15).index_fill(1, torch.tensor(real), 1)
+        model(*batch(i, (1, 15)))
+    tool.add_up()
+    assert tool.groups[0].sums.tokens.tolist() == [3, 3]
 
-def test_remove_gives_lora_back():
-    plain, plain_opt, _ = start()
-    model, opt, tool = start(NALoRAConfig())
-    tool.remove()
-    for i in range(3):
-        take_step(plain, plain_opt, i)
-        take_step(model, opt, i)
-    assert equal(snapshot(plain), snapshot(model))
-
-def test_a_step_skipped_by_a_fused_optimizer_advances_nothing():
-    model, opt, tool = start(NALoRAConfig())
+# ---- what it says --------------------------------------------------------------------------------
+def test_the_summary_is_a_table_of_the_ffns(capsys):
+    model, opt, tool = start(NALoRAConfig(keep=0.25))
     take_step(model, opt, 0)
-    before = tool.state_dict()["ffns"]
-    parameters = snapshot(model)
-    opt.found_inf = torch.tensor(1.0)  # what GradScaler sets; a fused kernel then changes nothing
-    model(*batch(1))[1].backward()
-    opt.zero_grad()
-    opt.step()
-    del opt.found_inf
-    assert all(equal(before[name], s) for name, s in tool.state_dict()["ffns"].items())
-    assert equal(parameters, snapshot(model))
+    capsys.readouterr()
+    tool.summary()
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.endswith("after 1 steps") and len(rows) == 2
+    for row, (name, s) in zip(rows, tool.statistics().items()):
+        assert row.split() == [name, "48", "25.0%", f"{s['k_hat']:.2f}", f"{s['occupancy']:.1%}",
+                               f"{s['scale']:.2f}"]
 
-def test_nalora_refuses():
+def test_what_it_cannot_steer_it_refuses_and_leaves_no_hook():
+    """Made rightly afterwards, it is as if it was never refused."""
+    def hooks(*given):
+        names = ("_forward_hooks", "_forward_pre_hooks", "_optimizer_step_pre_hooks",
+                 "_optimizer_step_post_hooks")
+        parts = [part for one in given
+                 for part in (one.modules() if isinstance(one, torch.nn.Module) else [one])]
+        return sum(len(getattr(part, name, ())) for part in parts for name in names)
+
+    def refused(message, *given):
+        with pytest.raises(ValueError, match=message):
+            NALoRA(*given)
+        assert hooks(*given) == 0
+
     model = lora_llama(["q_proj", "up_proj"])
-    with pytest.raises(ValueError, match="No gated FFN here has LoRA"):
-        NALoRA(model, torch.optim.AdamW(lora_parameters(model)))
-    with pytest.raises(ValueError, match="No gated FFN here has LoRA"):
-        NALoRA(small_llama(), torch.optim.AdamW(model.parameters()))
-    model = lora_llama()
-    with pytest.raises(ValueError, match="optimizer does not hold"):
-        NALoRA(model, torch.optim.AdamW(lora_parameters(model)[:3]))
-    for wrong in (None, object()):
-        with pytest.raises(ValueError, match="hooks the step of a torch.optim.Optimizer"):
-            NALoRA(model, wrong)
-    opt = torch.optim.AdamW(lora_parameters(model))
+    refused("No gated FFN here has LoRA", model, torch.optim.AdamW(lora_parameters(model)))
+    refused("No gated FFN here has LoRA", small_llama(), torch.optim.AdamW(model.parameters()))
+    model, opt, _ = start()
+    refused("the other way round", opt, model)
+    refused("config is a dict", model, opt, {"keep": 0.5})
+    refused("model is a list", [model], opt)
+    refused("optimizer does not hold", model, torch.optim.AdamW(lora_parameters(model)[:3]))
+    refused("optimizer does not hold", model, [])
+    gates = [p for n, p in model.named_parameters() if "gate_proj.lora_" in n]
+    refused("optimizer does not hold", model, torch.optim.SGD(gates, lr=0.1))
+    for wrong in (None, object(), "adamw"):
+        refused("hooks the step", model, wrong)
     lora_parameters(model)[1].requires_grad_(False)
-    with pytest.raises(ValueError, match="frozen"):
-        NALoRA(model, opt)
+    refused("frozen", model, opt)
     lora_parameters(model)[1].requires_grad_(True)
-    one = NALoRA(model, opt)
-    with pytest.raises(ValueError, match="steered by another NALoRA"):
-        NALoRA(model, opt)
-    one.remove()
-    NALoRA(model, opt).remove()
     sigmoid = lora_llama()
     del sigmoid.model.layers[1].mlp.act_fn
     sigmoid.model.layers[1].mlp.act_fn = torch.sigmoid
-    with pytest.raises(ValueError, match="not self-gated"):
-        NALoRA(sigmoid, torch.optim.AdamW(lora_parameters(sigmoid)))
-    assert not any(m._forward_hooks for m in model.modules())
-
-def test_it_warns_when_it_saw_no_gate():
-    model, opt, tool = start(NALoRAConfig())
-    model.eval()
-    with pytest.warns(UserWarning, match="saw no gate"):
-        take_step(model, opt, 0)
-
-def test_what_is_off_hooks_nothing():
-    model, opt, tool = start(NALoRAConfig(mask="none", scale="none"))
-    hooks = ("_forward_hooks", "_forward_pre_hooks")
-    assert not tool._handles and not any(getattr(m, h) for m in model.modules() for h in hooks)
-    assert not opt._optimizer_step_post_hooks
+    refused("not self-gated", sigmoid, torch.optim.AdamW(lora_parameters(sigmoid)))
+    tool = NALoRA(model, opt, NALoRAConfig())
+    again, new, other = start(NALoRAConfig())
+    for i in range(2):
+        take_step(model, opt, i), take_step(again, new, i)
+    assert equal(snapshot(model), snapshot(again)) and tool.steps == other.steps == 2
+    tool.remove()
+    assert hooks(model, opt) == 0

@@ -1,20 +1,15 @@
 """Beside transformers and PEFT: our Llama is theirs, our LoRA is PEFT's, and so are our adapters.
 
 The packages are extras: without them nothing here is collected."""
-import os
-import re
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-import nalora_hf
 from nalora import Llama, value_and_slope
 from nalora_hf import load_adapter, save_adapter
-from nalora_hf.tests.helpers import (FFN, batch, equal, family, hf_step, lora_llama, peft_llama,
-                                     small_llama, snapshot, start, take_step, trained_lora)
+from nalora_hf.tests.helpers import (FFN, batch, equal, lora_llama, small_llama, snapshot, start,
+                                     take_step, trained_lora)
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -76,34 +71,6 @@ def test_interop_twenty_steps_of_lora_agree_with_peft(tmp_path):
         their_opt.step(), their_opt.zero_grad()
     for name, p in pairs.items():
         torch.testing.assert_close(ours.get_parameter(name), p, atol=1e-5, rtol=1e-4)
-
-@pytest.mark.parametrize("number", range(3))
-def test_interop_the_snippets_of_the_readme_run(tmp_path, number):
-    from peft import LoraConfig, get_peft_model
-    from transformers import Trainer, TrainingArguments
-    readme = Path(nalora_hf.__file__).parent / "README.md"
-    snippets = re.findall(r"```python\n(.*?)```", readme.read_text(encoding="utf-8"), re.S)
-    assert len(snippets) == 3
-    names = {**vars(nalora_hf), "torch": torch, "model": family("Llama")}
-    names |= {"LoraConfig": LoraConfig, "get_peft_model": get_peft_model}
-    if number == 2:
-        names["model"] = peft_llama()
-        names |= {"Trainer": Trainer, "data": [{"input_ids": t, "labels": t} for t in batch(0)[0]]}
-        names["arguments"] = TrainingArguments(str(tmp_path), max_steps=2, save_steps=1,
-                                               report_to=[], use_cpu=True)
-    exec(compile(snippets[number], "README.md", "exec"), names)
-    tool = names["callback"].nalora if number == 2 else names["nalora"]
-    if number == 2:
-        assert tool.state_dict()["steps"] == 2
-        names["trainer"].train(resume_from_checkpoint=True)
-    else:
-        optimizer = names["optimizer"]
-        hf_step(names["model"], optimizer, 0)
-        assert optimizer.state_dict()["param_groups"][0]["nalora"]["steps"] == 1
-    assert all(s["mask"].float().mean() == 0.5 for s in tool.statistics().values())
-    if number == 0:
-        nalora_hf.save_adapter(names["model"], tmp_path)
-        assert len(os.listdir(tmp_path)) == 3
 
 def test_slopes_of_all_activations_of_transformers():
     """As backward gives them: plainly, in a checkpoint and its recomputation, under autocast."""
