@@ -8,7 +8,8 @@ in a step. Stride 1 makes a step a fifth longer. So experts keep the stride of o
 """
 import torch
 
-from nalora_hf.families import FFN, lora_pairs, row_layouts
+from nalora_hf.families import FFN, row_layouts
+from nalora_hf.lora import lora_pairs
 from nalora_hf.modules import match_names
 from nalora_hf.watch import ExpertGroup, Routing, Rows, Tap
 

@@ -11,6 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nalora import State, value_and_slope
+from nalora_hf.lora import active_adapters, lora_pairs
 from nalora_hf.modules import match_names, unwrapped_modules
 from nalora_hf.watch import Group, Hook
 
@@ -293,17 +294,3 @@ def kind_of(act):
     own = {key: value for key, value in vars(act).items() if "_hooks" not in key}
     return type(act), *((key, value if value.__hash__ else id(value))  # no two tensors are equal
                         for key, value in own.items() if value.__hash__ or value)
-
-def lora_pairs(layer):
-    """[(A (rank, in), B (out, rank))] of a LoRALinear or a PEFT layer's active adapters, or []."""
-    pair = [getattr(layer, part, None) for part in ("lora_A", "lora_B")]
-    if any(part is None for part in pair):
-        return []
-    if isinstance(pair[0], nn.Parameter):
-        return [tuple(pair)]
-    pairs = [[part[name] for part in pair] for name in active_adapters(layer)]
-    return [tuple(getattr(part, "weight", part) for part in pair) for pair in pairs]
-
-def active_adapters(layer):
-    """Names of a PEFT layer's adapters that compute and have an A and a B; of ours, none."""
-    return [name for name in getattr(layer, "active_adapters", []) if name in layer.lora_A]

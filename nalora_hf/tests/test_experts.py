@@ -15,9 +15,8 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 from nalora import NALoRAConfig
-from nalora_hf import NALoRA, NALoRACallback, survey
+from nalora_hf import NALoRA, NALoRACallback, survey, tiny
 from nalora_hf.tests.helpers import TINY, other_model, other_step
-from nalora_hf.tests.test_steer_setups import free_port
 
 SIZES = TINY | dict(hidden_size=16, intermediate_size=8, moe_intermediate_size=8, head_dim=4,
                     num_experts=5, num_local_experts=5, num_experts_per_tok=2)
@@ -36,7 +35,7 @@ def mixture(family, kernel="grouped_mm", rank=3):
         config = kind(**{name: size for name, size in SIZES.items() if name in vars(kind())})
         model = getattr(transformers, f"{family}ForCausalLM")(config)
     else:
-        model = survey.build(f"{family}ForCausalLM")
+        model = tiny.build(f"{family}ForCausalLM")
     model.set_experts_implementation(kernel)
     for p in model.parameters():
         nn.init.normal_(p, std=0.3)
@@ -207,7 +206,7 @@ def test_strides_masks_weights_and_microbatches_agree_with_the_oracle(kernel, mo
             lambda module, args: (*args[:2], args[2] * (args[1] != 2)))
     follows_the_oracle("Qwen3Moe", model, config, 4, 2, masked=True)
 
-@pytest.mark.parametrize("family, kernel", zip(OTHERS, itertools.cycle(KERNELS)))
+@pytest.mark.parametrize("family, kernel", [*zip(OTHERS, itertools.cycle(KERNELS))])
 def test_other_families_agree_with_the_oracle(family, kernel):
     follows_the_oracle(family, mixture(family, kernel), NALoRAConfig(stride=1), 2)
 
@@ -275,10 +274,10 @@ def test_what_it_tells(capsys):
     callback.on_log(None, transformers.TrainerState(), None, logs)
     assert 0.5 <= logs["nalora_rows"] < 1 and logs["nalora_k_hat_min"] <= logs["nalora_k_hat"]
 
-def ddp_rank(rank, world, port, path):
+def ddp_rank(rank, world, path):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank,
-                                         world_size=world)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}/meet{world}",
+                                         rank=rank, world_size=world)
     model = nn.parallel.DistributedDataParallel(mixture("Qwen3Moe"))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     nalora = NALoRA(model, optimizer, NALoRAConfig(stride=1))
@@ -293,7 +292,7 @@ def ddp_rank(rank, world, port, path):
 
 def test_ranks_add_up_each_experts_sums(tmp_path):
     for world in (1, 2):
-        torch.multiprocessing.spawn(ddp_rank, (world, free_port(), str(tmp_path)), nprocs=world)
+        torch.multiprocessing.spawn(ddp_rank, (world, str(tmp_path)), nprocs=world)
     one, two, other = (torch.load(tmp_path / f"{ranks}.pt")["ffns"]
                        for ranks in ("1-0", "2-0", "2-1"))
     for name, state in one.items():
@@ -390,9 +389,9 @@ def test_what_cannot_be_seen_is_refused_with_the_reason(monkeypatch):
     kernels = transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS
     model.config._experts_implementation = "sonicmoe"
     refuses(model, "experts by 'sonicmoe', .*set_experts_implementation")
-    gpt = survey.with_lora(survey.build("GptOssForCausalLM"), "")
+    gpt = survey.with_lora(tiny.build("GptOssForCausalLM"), "")
     refuses(gpt, r"target_parameters=\['mlp.experts.gate_up_proj', 'mlp.experts.down_proj'\]")
-    refuses(survey.with_lora(survey.build("MixtralForCausalLM"), "inject_lora"), "in its experts")
+    refuses(survey.with_lora(tiny.build("MixtralForCausalLM"), "inject_lora"), "in its experts")
 
     model = mixture("Qwen3Moe")
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
