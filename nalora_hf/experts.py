@@ -32,7 +32,6 @@ class Experts(FFN):
         self.shape = self.count, self.width
         self.received = []  # by the activation, in this pass
         self.expert = self.pair = self.scores = None  # see `order`; the router's (T, k)
-        self.x = None  # what the experts received
         self.compared = False
         self.columns = slice(None)  # which of what is received are z
         self.rows = self.find_gate()
@@ -92,13 +91,13 @@ class Experts(FFN):
             weight &= mask.flatten()[pair // self.scores.size(1)].ne(0)
         return z[every][:, self.columns], weight, self.expert[every].clone()
 
-    def compare(self, received):
+    def compare(self, x, received):
         """ValueError if z is not what the gate gives, in eight pairs of the first pass."""
         place = torch.linspace(0, len(received) - 1, 8, device=received.device).long()
         expert = self.expert[place]
         W = self.gate.get_param().detach()  # LoRA's part is in it while PEFT computes
         W = W if self.module.is_transposed else W.mT  # (E, in, rows)
-        tokens = self.x[self.pair[place] // self.scores.size(1)].to(W.dtype)
+        tokens = x[self.pair[place] // self.scores.size(1)].to(W.dtype)
         z = torch.stack([x @ W[e] for x, e in zip(tokens, expert.tolist())])
         if self.module.has_bias:
             z += getattr(self.module, f"{self.gate.parameter_name}_bias").detach()[expert]

@@ -83,7 +83,7 @@ class FFN:
 
     def kind(self):
         """Equal for FFNs that one call may observe."""
-        return kind_of(self.phi), self.width, self.B_gate.dtype, self.B_gate.device
+        return type(self), kind_of(self.phi), self.shape, self.B_gate.dtype, self.B_gate.device
 
     def fitting(self, mask, z):
         """The token mask if it is of gates z (..., F), or None."""

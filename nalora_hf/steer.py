@@ -83,7 +83,7 @@ class NALoRA(nalora.NALoRA):
         """A pass of gates z (..., F). It counts if it is computed in train mode, with gradients. A
         checkpoint computes it again in backward: then it counts there if it did not in forward."""
         in_torch_func = torch._C._functorch.is_functorch_wrapped_tensor(z)
-        if in_torch_func or not ffn.is_active():
+        if in_torch_func or not (ffn.act.training and ffn.is_active()):
             return
         mask = self.token_mask
         in_backward = torch._C._current_graph_task_id() != -1

@@ -107,43 +107,37 @@ class Hook(nalora.Hook):
         getattr(self.nalora, self.show)(self.ffn, t, trains)
 
 class Rows(Hook):
-    """Keeps what the activation of experts receives, in one call or in several."""
+    """Keeps what the activation of experts receives, in one call or in several. Nothing of experts
+    is compiled: PEFT's LoRA breaks the graph at each of them."""
+    @torch.compiler.disable
+    def __call__(self, module, args, kwargs):
+        super().__call__(module, args, kwargs)
+
     def receive(self, z, trains):
         if self.ffn.module.training and not self.ffn.is_again():
             self.ffn.received.append(z.detach())
 
 class Routing(Hook):
     """Says after a pass which pair of token and expert each row was, and lets NALoRA see z."""
+    @torch.compiler.disable
     def __call__(self, module, args, kwargs, output):
-        x, experts, scores = [*args, *kwargs.values()][:3]  # (T, in), (T, k), (T, k)
-        if not module.training or self.ffn.is_again():
-            return
-        routing = (*self.ffn.order(experts), scores.detach())
-        if torch.compiler.is_compiling():
-            routing = torch.stack([t.view_as(scores) for t in (*routing[:2], scores != 0)])
-        else:
-            self.ffn.x = x.detach()
-        self.tell(routing, output.requires_grad)
-
-    def receive(self, routing, trains):
         ffn = self.ffn
-        expert, pair, ffn.scores = routing
-        ffn.expert = expert.flatten()
-        ffn.pair = pair.flatten()
-        count = len(ffn.pair)
-        if not count:
+        x, experts, scores = [*args, *kwargs.values()][:3]  # (T, in), (T, k), (T, k)
+        if not module.training or not experts.numel() or ffn.is_again():
             return
+        ffn.expert, ffn.pair = ffn.order(experts)
+        ffn.scores = scores.detach()
+        count = len(ffn.pair)
         if sum(map(len, ffn.received)) < count:
             raise ValueError(f"In {ffn.name} the activation does not see each token's experts.")
         received = ffn.received[0] if len(ffn.received) == 1 else torch.cat(ffn.received)
         received = received[-count:]  # what comes before is of a pass that was broken off
-        if ffn.module.config._experts_implementation == "batched_mm":
+        if module.config._experts_implementation == "batched_mm":
             received = received[ffn.pair]  # expert by expert, as others
         ffn.received = []
-        if trains and ffn.x is not None and not ffn.compared:
-            ffn.compare(received)
-        self.nalora.see(ffn, received, trains)
-        ffn.x = None
+        if output.requires_grad and not ffn.compared:
+            ffn.compare(x.detach(), received)
+        self.nalora.see(ffn, received, output.requires_grad)
 
 class Tap(nn.Module):
     """Stands in the place of an experts module's own _apply_gate, for hooks."""
