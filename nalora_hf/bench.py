@@ -30,7 +30,7 @@ KINDS = ["PEFT's LoRA", "NA-LoRA on PEFT's", "our LoRA", "NA-LoRA on ours"]
 
 class Run:
     """One model in training. step() takes one optimizer step."""
-    def __init__(self, kind, size, compiled, device, dtype):
+    def __init__(self, kind, size, compiled, device, dtype, stride):
         from transformers import AutoConfig, AutoModelForCausalLM
         layers, hidden, ffn, heads, kv_heads, vocabulary, self.rows, self.length = SIZES[size]
         mixture = dict(num_experts=16, num_experts_per_tok=4, moe_intermediate_size=ffn)
@@ -51,7 +51,7 @@ class Run:
         self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
                                            lr=1e-4, fused=True)
         if "NA-LoRA" in kind:
-            NALoRA(model, self.optimizer, NALoRAConfig())
+            NALoRA(model, self.optimizer, NALoRAConfig(stride=stride))
         self.device = device
         whole = size != "mixture"  # PEFT's LoRA on experts breaks the graph
         self.call = torch.compile(model, fullgraph=whole) if compiled else model
@@ -77,7 +77,7 @@ def wait(device):
     if device != "cpu":
         torch.accelerator.synchronize()
 
-def measure(kinds, size, compiled, device, dtype, rounds):
+def measure(kinds, size, compiled, device, dtype, stride, rounds):
     """{kind: (seconds of each round, peak MB of its own or None)}."""
     runs = {}
     memory = {}
@@ -86,7 +86,7 @@ def measure(kinds, size, compiled, device, dtype, rounds):
         ones @ ones
     for kind in kinds:
         held = torch.cuda.memory_allocated() if device == "cuda" else 0
-        runs[kind] = Run(kind, size, compiled, device, dtype)
+        runs[kind] = Run(kind, size, compiled, device, dtype, stride)
         for _ in range(3):  # compiles, and fills the optimizer's state
             runs[kind].step()
         if device == "cuda":
@@ -123,6 +123,7 @@ def main(argv=None):
     parser.add_argument("--lora", choices=["peft", "ours", "both"], default="both")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--threads", type=int, default=1, help="on a CPU")
+    parser.add_argument("--stride", type=int, default=17, help="NALoRA's")
     parser.add_argument("--out", help="a Markdown file for the table (default: printed only)")
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -141,7 +142,8 @@ def main(argv=None):
         for mode in args.modes:
             torch.compiler.reset()
             kinds = KINDS[:2] if size == "mixture" else chosen
-            measured = measure(kinds, size, mode == "compiled", device, dtype, args.rounds)
+            measured = measure(kinds, size, mode == "compiled", device, dtype, args.stride,
+                               args.rounds)
             for line in rows(size, mode == "compiled", measured):
                 lines.append(line)
                 print(line, flush=True)

@@ -224,12 +224,15 @@ def refuse_all(modules, gate, matches, why):
     dense = [name for name, m in modules.items() if activation(m) is not None
              and any(features(part, "out") for part in m.children())
              and not re.search("router|attn|mixer", name)]
-    experts = [(name, m) for name, m in modules.items() if not hasattr(m, "base_layer")
-               and hasattr(m, "is_concatenated")]
+    experts = [(name, m) for name, m in modules.items() if "Experts" in type(m).__name__]
     if why and not dense:
         raise ValueError(why)
     if experts and not dense:
-        name = ".".join(experts[0][0].split(".")[-2:])
+        path, m = experts[0]
+        if not hasattr(m, "is_concatenated"):
+            raise ValueError(f"{path} is a {type(m).__name__}, which computes its experts in a form "
+                             "of its own, and there is no other FFN here.")
+        name = ".".join(path.split(".")[-2:])
         raise ValueError("The gates of this model are in its experts, and these carry no LoRA: "
                          "PEFT puts it there with LoraConfig(target_parameters=["
                          f"'{name}.gate_up_proj', '{name}.down_proj']).")

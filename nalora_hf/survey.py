@@ -32,7 +32,8 @@ from nalora_hf.tiny import build, loss_of
 PACKAGE = Path(__file__).parent
 
 # ---- one family ----------------------------------------------------------------------------------
-WAYS = ("", "target_parameters", "inject_lora")  # PEFT's all-linear; with fused experts; ours
+# PEFT's on all linear layers, with those of fused experts, on these alone; ours.
+WAYS = ("", "target_parameters", "target_parameters alone", "inject_lora")
 
 def with_lora(model, way):
     """The model with LoRA on all linear layers, B away from 0."""
@@ -44,7 +45,9 @@ def with_lora(model, way):
     else:
         from peft import LoraConfig, get_peft_model
         config = LoraConfig(r=3, lora_alpha=6, target_modules="all-linear")
-        if way == "target_parameters":
+        if way == "target_parameters alone":
+            config.target_modules = None
+        if way:
             config.target_parameters = [f"{name}.{p}" for name, m in model.named_modules()
                                         if hasattr(m, "is_concatenated")
                                         for p, t in m.named_parameters() if t.dim() == 3]
@@ -197,7 +200,7 @@ def try_family(name):
         mixture = any(hasattr(m, "is_concatenated") for m in build(name).modules())
     except ValueError as e:
         return {"outcome": "not built", "how": "", "said": str(e)}
-    tries = [try_way(name, way) for way in (WAYS if mixture else WAYS[::2])]
+    tries = [try_way(name, way) for way in (WAYS if mixture else WAYS[::3])]
     steered = {what: row for row, found in tries[::-1] for what in found}  # by the first way
     wrong = [row for row, _ in tries if row["outcome"] == "wrong"]
     if wrong or not steered:

@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 from nalora import NALoRAConfig
-from nalora_hf import NALoRA, NALoRACallback, survey, tiny
+from nalora_hf import NALoRA, NALoRACallback, strides, survey, tiny
 from nalora_hf.tests.helpers import TINY, other_model, other_step
 
 SIZES = TINY | dict(hidden_size=16, intermediate_size=8, moe_intermediate_size=8, head_dim=4,
@@ -376,6 +376,43 @@ def test_experts_in_a_list_go_the_ordinary_path():
     other_step(model, 0, optimizer)
     assert [ffn.state.mask.sum().item() for ffn in nalora.ffns] == [6, 6, 12]
 
+def test_shared_ffns_beside_experts_are_groups_of_their_own():
+    row, steered = survey.try_way("Qwen2MoeForCausalLM", "target_parameters")
+    assert row["outcome"] == "steered" and steered == {"experts", "FFNs"}
+
+def test_a_compiled_model_decides_as_an_eager_one():
+    plain, _ = trained(mixture("Mixtral"), 1)
+    torch.compiler.reset()
+    model = mixture("Mixtral")
+    model.compile(backend="aot_eager")
+    with torch._dynamo.config.patch(recompile_limit=1):  # PEFT's part of it would reach any
+        nalora, _ = trained(model, 1)
+    knows_the_same(nalora, plain)
+
+@pytest.mark.parametrize("family", ["GptOss", "Qwen3Moe"])
+def test_peft_saves_and_merges_what_was_trained(family, tmp_path):
+    model = mixture(family)
+    base = deepcopy(model).unload()
+    trained(model)
+    expected = model.eval()(input_ids=tokens_of(1)).logits
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    torch.testing.assert_close(again(input_ids=tokens_of(1)).logits, expected)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(input_ids=tokens_of(1)).logits, expected, rtol=1e-4,
+                               atol=1e-4)
+
+def test_strides_are_measured_beside_each_other(tmp_path, monkeypatch, capsys):
+    for name, count in (("BASE_STEPS", 1), ("STEPS", 4), ("SAMPLE", 1), ("EXPERTS", 16)):
+        monkeypatch.setattr(strides, name, count)
+    text = tmp_path / "text"
+    text.write_text("One plus one is two. " * 50)
+    strides.main(["--text", str(text), "--then", str(text)])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert [row[:3] for row in rows] == [["0", "1", "1024"], ["0", "5", "204.8"],
+                                        ["0", "17", "60.25"]]
+    assert all(0 < float(share) <= 1 for row in rows for share in row[5:6])
+
 # ---- what is refused -----------------------------------------------------------------------------
 def refuses(model, match, **settings):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -392,6 +429,8 @@ def test_what_cannot_be_seen_is_refused_with_the_reason(monkeypatch):
     gpt = survey.with_lora(tiny.build("GptOssForCausalLM"), "")
     refuses(gpt, r"target_parameters=\['mlp.experts.gate_up_proj', 'mlp.experts.down_proj'\]")
     refuses(survey.with_lora(tiny.build("MixtralForCausalLM"), "inject_lora"), "in its experts")
+    jet = survey.with_lora(tiny.build("JetMoeForCausalLM"), "")
+    refuses(jet, "JetMoeParallelExperts, which computes its experts in a form of its own")
 
     model = mixture("Qwen3Moe")
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
