@@ -1,7 +1,7 @@
 """What NA-LoRA costs beside LoRA on models of transformers: time and peak memory of a step.
 
     python -m nalora_hf.bench                                 16 small layers, eager and compiled
-    python -m nalora_hf.bench --sizes mixture                 a Qwen3-MoE of 8 layers, 16 experts
+    python -m nalora_hf.bench --sizes mixture tiny-mixture    Qwen3-MoE, 8 layers, 16 experts
     python -m nalora_hf.bench --sizes small smollm2 1b --out nalora_hf/BENCH.md
 
 Weights are random, of a Llama's shapes or of a mixture's, whose experts carry LoRA, too (by PEFT
@@ -24,6 +24,7 @@ from nalora_hf import NALoRA, inject_lora
 SIZES = {  # layers, hidden, FFN, heads, heads of k and v, vocabulary; sequences and their tokens
     "small": (16, 256, 768, 8, 4, 1024, 8, 128),
     "mixture": (8, 256, 128, 8, 4, 1024, 8, 128),
+    "tiny-mixture": (8, 64, 32, 4, 2, 1024, 8, 64),
     "smollm2": (30, 576, 1536, 9, 3, 49152, 4, 256),
     "1b": (16, 2048, 8192, 32, 8, 128256, 4, 1024)}
 KINDS = ["PEFT's LoRA", "NA-LoRA on PEFT's", "our LoRA", "NA-LoRA on ours"]
@@ -34,7 +35,7 @@ class Run:
         from transformers import AutoConfig, AutoModelForCausalLM
         layers, hidden, ffn, heads, kv_heads, vocabulary, self.rows, self.length = SIZES[size]
         mixture = dict(num_experts=16, num_experts_per_tok=4, moe_intermediate_size=ffn)
-        family, more = ("qwen3_moe", mixture) if size == "mixture" else ("llama", {})
+        family, more = ("qwen3_moe", mixture) if "mixture" in size else ("llama", {})
         torch.manual_seed(0)
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
@@ -53,7 +54,7 @@ class Run:
         if "NA-LoRA" in kind:
             NALoRA(model, self.optimizer, NALoRAConfig(stride=stride))
         self.device = device
-        whole = size != "mixture"  # PEFT's LoRA on experts breaks the graph
+        whole = "mixture" not in size  # PEFT's LoRA on experts breaks the graph
         self.call = torch.compile(model, fullgraph=whole) if compiled else model
         self.steps = 0
 
@@ -141,7 +142,7 @@ def main(argv=None):
     for size in args.sizes:
         for mode in args.modes:
             torch.compiler.reset()
-            kinds = KINDS[:2] if size == "mixture" else chosen
+            kinds = KINDS[:2] if "mixture" in size else chosen
             measured = measure(kinds, size, mode == "compiled", device, dtype, args.stride,
                                args.rounds)
             for line in rows(size, mode == "compiled", measured):
