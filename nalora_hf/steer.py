@@ -35,9 +35,7 @@ class NALoRA(nalora.NALoRA):
         self.config = config or NALoRAConfig()
         self.token_mask = None
         self.steps = 0
-        gates = [gate] if isinstance(gate, str) else list(gate)
-        modules = unwrapped_modules(model)
-        self.ffns, self.said = find_ffns(modules, gates, act, *find_experts(modules, gates))
+        self.ffns, self.said = find_steered(model, gate, act)
         self.optimizers = usable_optimizers(optimizer)
         self.steered = parameters_by_optimizer(self.optimizers, self.ffns)
         self.process_groups, self.ddp = find_process_groups(model, optimizer, self.ffns)
@@ -256,6 +254,12 @@ class NALoRA(nalora.NALoRA):
             s = ffn.state
             print(f"{ffn.name:{width}}  {s.mask.numel():8}  {s.mask.float().mean():6.1%}  "
                   f"{s.k_hat.nanmean():5.2f}  {s.occupancy.nanmean():5.1%}  {s.scale.mean():5.2f}")
+
+def find_steered(model, gate, act):
+    """([FFN] that a NALoRA would steer, a sentence on them). ValueError if there are none."""
+    gates = [gate] if isinstance(gate, str) else list(gate)
+    modules = unwrapped_modules(model)
+    return find_ffns(modules, gates, act, *find_experts(modules, gates))
 
 def shapes(tensors):
     return tuple((name, tuple(t.shape)) for name, t in tensors.items())

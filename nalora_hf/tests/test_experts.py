@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 from copy import deepcopy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 from nalora import NALoRAConfig
-from nalora_hf import NALoRA, NALoRACallback, strides, survey, tiny
+from nalora_hf import NALoRA, NALoRACallback, inputs, strides, survey, tiny
 from nalora_hf.tests.helpers import TINY, other_model, other_step
 
 SIZES = TINY | dict(hidden_size=16, intermediate_size=8, moe_intermediate_size=8, head_dim=4,
@@ -412,6 +413,12 @@ def test_strides_are_measured_beside_each_other(tmp_path, monkeypatch, capsys):
     assert [row[:3] for row in rows] == [["0", "1", "1024"], ["0", "5", "204.8"],
                                         ["0", "17", "60.25"]]
     assert all(0 < float(share) <= 1 for row in rows for share in row[5:6])
+
+def test_finetune_takes_a_mixture():
+    rows = {"input_ids": [[3, 4]]}
+    settings = {"method": "nalora", "gate": ["gate_proj", "gate_up_proj"]}
+    inputs.check_trainer(settings, SimpleNamespace(model=mixture("Qwen3Moe"), train_dataset=rows,
+                                                   eval_dataset=rows))
 
 # ---- what is refused -----------------------------------------------------------------------------
 def refuses(model, match, **settings):
