@@ -20,14 +20,12 @@ class Experts(FFN):
     group_class = ExpertGroup
 
     def __init__(self, name, module, gate, layers):
-        super().__init__(name, module, gate, getattr(module, "act_fn", None), True)
-        self.layers = layers  # PEFT's, around the module
+        super().__init__(name, module, gate, getattr(module, "act_fn", None), True, layers)
         self.count = module.num_experts  # E
         self.kinds = {}  # {parameter: (whether an A, whether a B of the gate, an expert's rank)}
         for A, B in (pair for layer in layers for pair in lora_pairs(layer)):
             self.kinds[A] = True, False, len(A) // self.count
             self.kinds[B] = False, any(B is other for other in self.B_gates), len(A) // self.count
-        self.parameters = list(self.kinds)
         self.width = len(self.B_gate) // (2 if module.has_gate else 1)  # F
         self.shape = self.count, self.width
         self.received = []  # by the activation, in this pass
@@ -80,8 +78,8 @@ class Experts(FFN):
         expert, order = experts.t().flatten().sort(stable=True)  # by j, then t: a call an expert
         return expert, order % len(experts) * experts.size(1) + order // len(experts)
 
-    def fitting(self, mask, z):
-        return super().fitting(mask, self.scores)
+    def tokens(self, z):
+        return self.scores.shape[:1]
 
     def sample(self, z, mask, every):
         """z (R, F), weight (R,), expert (R,) of the pairs, counted as they are in `order`."""

@@ -248,6 +248,39 @@ def test_checkpointing_changes_nothing(family, kernel, reentrant):
     knows_the_same(nalora, plain)
     assert not any(ffn.received for ffn in nalora.ffns)  # nothing is held
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_take_the_token_mask_of_their_pass(reentrant):
+    def after_two_passes(checkpointed):
+        model = mixture("Qwen3Moe")
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        nalora = NALoRA(model, optimizer, NALoRAConfig(stride=1))
+        if checkpointed:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        for seed in (0, 1):
+            tokens = tokens_of(seed)
+            nalora.token_mask = tokens > 6
+            loss = model(input_ids=tokens).logits.square().mean()
+            nalora.token_mask = None
+            loss.backward()
+        optimizer.step()
+        return nalora
+
+    knows_the_same(after_two_passes(True), after_two_passes(False))
+
+def test_reentrant_checkpoints_say_that_they_cannot_tell_passes_apart():
+    model = mixture("Qwen3Moe")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    nalora = NALoRA(model, optimizer)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    losses = []
+    for seed in (0, 1):
+        nalora.token_mask = tokens_of(seed) > 6
+        losses.append(model(input_ids=tokens_of(seed)).logits.square().mean())
+    with pytest.warns(UserWarning, match="which tells them not apart"):
+        sum(losses).backward()
+
 def test_a_resumed_run_ends_with_the_same_bits():
     whole, _ = trained(mixture("Qwen3Moe"), 4)
     model = mixture("Qwen3Moe")
@@ -438,6 +471,12 @@ def test_what_cannot_be_seen_is_refused_with_the_reason(monkeypatch):
     refuses(survey.with_lora(tiny.build("MixtralForCausalLM"), "inject_lora"), "in its experts")
     jet = survey.with_lora(tiny.build("JetMoeForCausalLM"), "")
     refuses(jet, "JetMoeParallelExperts, which computes its experts in a form of its own")
+
+    refuses(mixture("Qwen3Moe").to("meta"), "stands on the meta device")
+    model = mixture("Qwen3Moe")
+    for p in model.parameters():
+        p.data = p.data.flatten()[:0] if p.requires_grad else p.data  # as ZeRO-3 leaves them
+    refuses(model, r"flattened .*ZeRO-3")
 
     model = mixture("Qwen3Moe")
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
