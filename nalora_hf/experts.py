@@ -134,7 +134,7 @@ def find_experts(modules, gates):
     """([Experts] whose gate carries PEFT's LoRA, why others with LoRA are not steered)."""
     around = {}  # {experts' module: {name: PEFT's layer}}
     for name, m in modules.items():
-        if hasattr(m, "parameter_name") and m.num_experts > 1 and lora_pairs(m):
+        if hasattr(m, "parameter_name") and lora_pairs(m):
             around.setdefault(m.get_base_layer(), {})[name] = m
     found = []
     why = ""

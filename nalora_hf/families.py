@@ -228,7 +228,7 @@ def refuse_all(modules, gate, matches, why):
         if not hasattr(m, "is_concatenated"):
             raise ValueError(f"{path} is a {type(m).__name__}, which computes its experts in a "
                              "form of its own, and there is no other FFN here.")
-        name = ".".join(path.split(".")[-2:])
+        name = ".".join(path.replace(".base_layer", "").split(".")[-2:])
         raise ValueError("The gates of this model are in its experts, and these carry no LoRA: "
                          "PEFT puts it there with LoraConfig(target_parameters=["
                          f"'{name}.gate_up_proj', '{name}.down_proj']).")

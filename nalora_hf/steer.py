@@ -175,6 +175,7 @@ class NALoRA(nalora.NALoRA):
         before = kept.found.tensors
         factors = [self.factor(ffn, p).to(t)
                    for (p, ffn), t in zip(self.steered[optimizer], before)]
+        self.factors = None  # an expert's are as large as its B
         torch._foreach_lerp_(before, [widen(value) for value in values], factors)  # nalora.blend
         torch._foreach_copy_(values, before)
         if kept.rounded:
