@@ -86,7 +86,7 @@ class Experts(FFN):
         pair = self.pair[every]
         weight = self.scores.flatten()[pair].ne(0)
         if mask is not None:
-            weight &= mask.flatten()[pair // self.scores.size(1)].ne(0)
+            weight &= mask.flatten().to(pair.device)[pair // self.scores.size(1)].ne(0)
         return z[every][:, self.columns], weight, self.expert[every].clone()
 
     def compare(self, x, received):

@@ -111,6 +111,7 @@ class NALoRA(nalora.NALoRA):
             if self.held + z.nbytes > SAMPLES:
                 self.add_up()
             self.held += z.nbytes
+            experts = [expert.to(z.device) for expert in experts]  # of others, none
             ffn.group.samples[ffn.index].append((z, weight.to(z), *experts))
 
     def set_token_mask(self, ffn, mask, trains):  # from a hook of the model

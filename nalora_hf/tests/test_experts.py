@@ -17,7 +17,7 @@ import torch.nn as nn
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-from nalora import NALoRAConfig
+from nalora import NALoRAConfig, State
 from nalora_hf import NALoRA, NALoRACallback, inputs, strides, survey, tiny
 from nalora_hf.tests.helpers import TINY, other_model, other_step
 
@@ -288,6 +288,20 @@ def test_reentrant_checkpoints_say_that_they_cannot_tell_passes_apart():
         losses.append(model(input_ids=tokens_of(seed)).logits.square().mean())
     with pytest.warns(UserWarning, match="which tells them not apart"):
         sum(losses).backward()
+
+def test_mask_model_and_state_may_be_on_several_devices():
+    model = mixture("Qwen3Moe")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    nalora = NALoRA(model, optimizer)
+    for group in nalora.groups:  # as if the model had been there, and was moved since
+        group.state = State(*(t.to("meta") for t in group.state))
+    model(input_ids=tokens_of(1))
+    assert {t.device.type for group in nalora.groups for passes in group.samples
+            for sample in passes for t in sample} == {"meta"}
+    ffn = nalora.ffns[0]
+    ffn.pair, ffn.expert, ffn.scores = (t.to("meta") for t in (ffn.pair, ffn.expert, ffn.scores))
+    z, weight, _ = ffn.sample(torch.empty(36, 8, device="meta"), tokens_of(1) > 4, slice(None))
+    assert z.shape == (36, 8) and weight.shape == (36,)
 
 def test_what_steps_are_multiplied_by_is_not_held():
     model = mixture("Qwen3Moe")
