@@ -134,8 +134,9 @@ def find_experts(modules, gates):
     """([Experts] whose gate carries PEFT's LoRA, why others with LoRA are not steered)."""
     around = {}  # {experts' module: {name: PEFT's layer}}
     for name, m in modules.items():
-        if hasattr(m, "parameter_name") and lora_pairs(m):
-            around.setdefault(m.get_base_layer(), {})[name] = m
+        base = m.get_base_layer() if hasattr(m, "parameter_name") and lora_pairs(m) else None
+        if base is not None and m.num_experts == getattr(base, "num_experts", m.num_experts):
+            around.setdefault(base, {})[name] = m  # of other shapes there are biases
     found = []
     why = ""
     for module, layers in around.items():

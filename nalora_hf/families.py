@@ -84,7 +84,7 @@ class FFN:
 
     def kind(self):
         """Equal for FFNs that one call may observe."""
-        return type(self), kind_of(self.phi), self.shape, self.B_gate.dtype, self.B_gate.device
+        return kind_of(self.phi), self.shape, self.B_gate.dtype, self.B_gate.device
 
     def tokens(self, z):
         """The shape of the tokens that gates z (..., F) are of."""

@@ -199,6 +199,13 @@ def test_experts_agree_with_the_oracle(family, kernel):
     nalora, resting = follows_the_oracle(family, mixture(family, kernel), NALoRAConfig(stride=1))
     assert resting and nalora.steps == 6  # experts without a token were among them
 
+def test_lora_on_biases_is_plain_lora():
+    model = mixture("GptOss")
+    config = peft.LoraConfig(r=2, target_modules="all-linear",
+                             target_parameters=TARGETS + ["mlp.experts.gate_up_proj_bias"])
+    model = peft.get_peft_model(model.unload(), config).train()
+    follows_the_oracle("GptOss", model, NALoRAConfig(stride=1), 2)
+
 def test_a_lone_expert_agrees_with_the_oracle(monkeypatch):
     for name in ("num_experts", "num_local_experts", "num_experts_per_tok"):
         monkeypatch.setitem(SIZES, name, 1)
