@@ -20,14 +20,12 @@ class Experts(FFN):
     group_class = ExpertGroup
 
     def __init__(self, name, module, gate, layers):
-        super().__init__(name, module, gate, getattr(module, "act_fn", None), True)
-        self.layers = layers  # PEFT's, around the module
+        super().__init__(name, module, gate, getattr(module, "act_fn", None), True, layers)
         self.count = module.num_experts  # E
         self.kinds = {}  # {parameter: (whether an A, whether a B of the gate, an expert's rank)}
         for A, B in (pair for layer in layers for pair in lora_pairs(layer)):
             self.kinds[A] = True, False, len(A) // self.count
             self.kinds[B] = False, any(B is other for other in self.B_gates), len(A) // self.count
-        self.parameters = list(self.kinds)
         self.width = len(self.B_gate) // (2 if module.has_gate else 1)  # F
         self.shape = self.count, self.width
         self.received = []  # by the activation, in this pass
@@ -80,15 +78,15 @@ class Experts(FFN):
         expert, order = experts.t().flatten().sort(stable=True)  # by j, then t: a call an expert
         return expert, order % len(experts) * experts.size(1) + order // len(experts)
 
-    def fitting(self, mask, z):
-        return super().fitting(mask, self.scores)
+    def tokens(self, z):
+        return self.scores.shape[:1]
 
     def sample(self, z, mask, every):
         """z (R, F), weight (R,), expert (R,) of the pairs, counted as they are in `order`."""
         pair = self.pair[every]
         weight = self.scores.flatten()[pair].ne(0)
         if mask is not None:
-            weight &= mask.flatten()[pair // self.scores.size(1)].ne(0)
+            weight &= mask.flatten().to(pair.device)[pair // self.scores.size(1)].ne(0)
         return z[every][:, self.columns], weight, self.expert[every].clone()
 
     def compare(self, x, received):
@@ -136,8 +134,9 @@ def find_experts(modules, gates):
     """([Experts] whose gate carries PEFT's LoRA, why others with LoRA are not steered)."""
     around = {}  # {experts' module: {name: PEFT's layer}}
     for name, m in modules.items():
-        if hasattr(m, "parameter_name") and m.num_experts > 1 and lora_pairs(m):
-            around.setdefault(m.get_base_layer(), {})[name] = m
+        base = m.get_base_layer() if hasattr(m, "parameter_name") and lora_pairs(m) else None
+        if base is not None and m.num_experts == getattr(base, "num_experts", m.num_experts):
+            around.setdefault(base, {})[name] = m  # of other shapes there are biases
     found = []
     why = ""
     for module, layers in around.items():

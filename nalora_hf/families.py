@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nalora import State, value_and_slope
-from nalora_hf.lora import active_adapters, lora_pairs
+from nalora_hf.lora import active_adapters, lora_pairs, usable_parameters
 from nalora_hf.modules import match_names, unwrapped_modules
 from nalora_hf.watch import Group, Hook
 
@@ -27,14 +27,15 @@ class FFN:
     """What is known of a steered FFN: nalora.SteeredFFN's fields, for any layout."""
     group_class = Group
 
-    def __init__(self, name, module, gate, phi, owns_phi):
+    def __init__(self, name, module, gate, phi, owns_phi, layers=None):
         self.name = name
         self.module = module
         self.gate = gate  # the layer in front of the activation
         self.phi = phi
         self.act = phi if owns_phi else gate  # phi's input is z, or else the gate's output
-        layers = [m for n, m in unwrapped_modules(module).items() if n and "." not in n]
-        self.parameters = [p for layer in layers for pair in lora_pairs(layer) for p in pair]
+        self.layers = layers or [m for n, m in unwrapped_modules(module).items()
+                                 if n and "." not in n]
+        self.parameters = usable_parameters(name, self.layers)
         self.B_gates = [B for _, B in lora_pairs(gate)]  # of several active adapters, several
         self.B_gate = self.B_gates[0]  # (rows, rank)
         self.adapter = next(iter(active_adapters(gate)), None)  # PEFT's name of B_gate's
@@ -83,17 +84,22 @@ class FFN:
 
     def kind(self):
         """Equal for FFNs that one call may observe."""
-        return type(self), kind_of(self.phi), self.shape, self.B_gate.dtype, self.B_gate.device
+        return kind_of(self.phi), self.shape, self.B_gate.dtype, self.B_gate.device
+
+    def tokens(self, z):
+        """The shape of the tokens that gates z (..., F) are of."""
+        return z.shape[:-1]
 
     def fitting(self, mask, z):
         """The token mask if it is of gates z (..., F), or None."""
         if mask is None or self.ignores_mask:
             return None
-        if z.shape[:-1] in (mask.shape, (mask.numel(),)):  # some models flatten (batch, seq)
+        tokens = self.tokens(z)
+        if tokens in (mask.shape, (mask.numel(),)):  # some models flatten (batch, seq)
             return mask
         if not self.several_towers:  # else it may be another's
             raise ValueError(f"token_mask is {tuple(mask.shape)}, but the gates see tokens "
-                             f"{tuple(z.shape[:-1])}: set it before each pass, or to None.")
+                             f"{tuple(tokens)}: set it before each pass, or to None.")
 
     def sample(self, z, mask, every):
         """(z (T, F), weight (T,)) of the tokens that `every` names."""
@@ -122,7 +128,7 @@ class FFN:
         """The mask of a pass that runs within backward, by those of passes without gradients: a
         checkpoint computes again the one pass that was, others set their masks anew."""
         self.again = True
-        tokens = z.numel() // z.size(-1)
+        tokens = self.tokens(z).numel()
         masks = [other for other in self.masks if other is None or other.numel() == tokens]
         if all(other is masks[0] for other in masks):
             return masks[0] if masks else mask
@@ -183,7 +189,6 @@ def find_ffns(modules, gates, act, experts, why):
             for name, module, layer, phi in found]
     for ffn in ffns:
         ffn.check_rows |= not {*gates} <= {*GATES}
-    names = [ffn.name for ffn in ffns]
     ffns += experts
     for ffn in ffns:
         check(ffn)
@@ -193,10 +198,9 @@ def find_ffns(modules, gates, act, experts, why):
         ffn.several_towers = len(towers) > 1
         ffn.ignores_mask = twofold and ".decoder." in f".{ffn.name}"
     plain = Counter(name.split(".")[-1] for name, m in modules.items()
-                    if lora_pairs(m) and name.rpartition(".")[0] not in names
-                    and not any(m in its.layers for its in experts))
+                    if lora_pairs(m) and not any(m in its.layers for its in ffns))
     rest = ", ".join(f"{count} {name}" for name, count in plain.items()) or "nothing else"
-    steered = [f"{len(names)} of {len(matches)} FFNs"] if matches or not experts else []
+    steered = [f"{len(found)} of {len(matches)} FFNs"] if matches or not experts else []
     if experts:
         steered.append(f"{sum(its.count for its in experts)} experts in {len(experts)} layers")
     said = f"NALoRA steers {' and '.join(steered)}; plain LoRA on {rest}. {why}".strip()
@@ -204,14 +208,6 @@ def find_ffns(modules, gates, act, experts, why):
 
 def check(ffn):
     """ValueError if it cannot be steered."""
-    for p in ffn.parameters:
-        if p.is_meta:
-            raise ValueError(f"The LoRA of {ffn.name} stands on the meta device, without data: "
-                             "load the base onto a device first (not offloaded).")
-        within_rows = any(s.is_shard(1) for s in getattr(p, "placements", ()))
-        if within_rows or p.dim() != 2 or not p.numel():
-            raise ValueError(f"The LoRA parameters of {ffn.name} are flattened or sharded within "
-                             "rows (FSDP1, ZeRO-3): use FSDP2's fully_shard.")
     if ffn.fused and ffn.act is ffn.gate:
         raise ValueError(f"{ffn.name} computes gate and up in one layer, and its activation is no "
                          "module of its own: which rows are the gate's cannot be seen.")
@@ -230,9 +226,9 @@ def refuse_all(modules, gate, matches, why):
     if experts and not dense:
         path, m = experts[0]
         if not hasattr(m, "is_concatenated"):
-            raise ValueError(f"{path} is a {type(m).__name__}, which computes its experts in a form "
-                             "of its own, and there is no other FFN here.")
-        name = ".".join(path.split(".")[-2:])
+            raise ValueError(f"{path} is a {type(m).__name__}, which computes its experts in a "
+                             "form of its own, and there is no other FFN here.")
+        name = ".".join(path.replace(".base_layer", "").split(".")[-2:])
         raise ValueError("The gates of this model are in its experts, and these carry no LoRA: "
                          "PEFT puts it there with LoraConfig(target_parameters=["
                          f"'{name}.gate_up_proj', '{name}.down_proj']).")

@@ -109,6 +109,19 @@ def lora_pairs(layer):
     pairs = [[part[name] for part in pair] for name in active_adapters(layer)]
     return [tuple(getattr(part, "weight", part) for part in pair) for pair in pairs]
 
+def usable_parameters(name, layers):
+    """[A, B, A, B, ...] of an FFN's layers. ValueError if they are not here, as matrices."""
+    parameters = [p for layer in layers for pair in lora_pairs(layer) for p in pair]
+    for p in parameters:
+        if p.is_meta:
+            raise ValueError(f"The LoRA of {name} stands on the meta device, without data: load "
+                             "the base onto a device first (not offloaded).")
+        within_rows = any(s.is_shard(1) for s in getattr(p, "placements", ()))
+        if within_rows or p.dim() != 2 or not p.numel():
+            raise ValueError(f"The LoRA parameters of {name} are flattened or sharded within rows "
+                             "(FSDP1, ZeRO-3): use FSDP2's fully_shard.")
+    return parameters
+
 def active_adapters(layer):
     """Names of a PEFT layer's adapters that compute and have an A and a B; of ours, none."""
     return [name for name in getattr(layer, "active_adapters", []) if name in layer.lora_A]

@@ -35,9 +35,7 @@ class NALoRA(nalora.NALoRA):
         self.config = config or NALoRAConfig()
         self.token_mask = None
         self.steps = 0
-        gates = [gate] if isinstance(gate, str) else list(gate)
-        modules = unwrapped_modules(model)
-        self.ffns, self.said = find_ffns(modules, gates, act, *find_experts(modules, gates))
+        self.ffns, self.said = find_steered(model, gate, act)
         self.optimizers = usable_optimizers(optimizer)
         self.steered = parameters_by_optimizer(self.optimizers, self.ffns)
         self.process_groups, self.ddp = find_process_groups(model, optimizer, self.ffns)
@@ -113,6 +111,7 @@ class NALoRA(nalora.NALoRA):
             if self.held + z.nbytes > SAMPLES:
                 self.add_up()
             self.held += z.nbytes
+            experts = [expert.to(z.device) for expert in experts]  # of others, none
             ffn.group.samples[ffn.index].append((z, weight.to(z), *experts))
 
     def set_token_mask(self, ffn, mask, trains):  # from a hook of the model
@@ -177,6 +176,7 @@ class NALoRA(nalora.NALoRA):
         before = kept.found.tensors
         factors = [self.factor(ffn, p).to(t)
                    for (p, ffn), t in zip(self.steered[optimizer], before)]
+        self.factors = None  # an expert's are as large as its B
         torch._foreach_lerp_(before, [widen(value) for value in values], factors)  # nalora.blend
         torch._foreach_copy_(values, before)
         if kept.rounded:
@@ -256,6 +256,12 @@ class NALoRA(nalora.NALoRA):
             s = ffn.state
             print(f"{ffn.name:{width}}  {s.mask.numel():8}  {s.mask.float().mean():6.1%}  "
                   f"{s.k_hat.nanmean():5.2f}  {s.occupancy.nanmean():5.1%}  {s.scale.mean():5.2f}")
+
+def find_steered(model, gate, act):
+    """([FFN] that a NALoRA would steer, a sentence on them). ValueError if there are none."""
+    gates = [gate] if isinstance(gate, str) else list(gate)
+    modules = unwrapped_modules(model)
+    return find_ffns(modules, gates, act, *find_experts(modules, gates))
 
 def shapes(tensors):
     return tuple((name, tuple(t.shape)) for name, t in tensors.items())

@@ -1,4 +1,5 @@
-"""What the stride does to experts: how well few pairs of a token and an expert tell their importance.
+"""What the stride does to experts: how well few pairs of a token and an expert tell which rows
+matter.
 
     python -m nalora_hf.strides --text data/pretrain.txt --then data/train.jsonl --seed 0
 

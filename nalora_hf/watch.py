@@ -140,7 +140,9 @@ class Routing(Hook):
         self.nalora.see(ffn, received, output.requires_grad)
 
 class Tap(nn.Module):
-    """Stands in the place of an experts module's own _apply_gate, for hooks."""
+    """Stands in the place of an experts module's own _apply_gate, for hooks; in its mode."""
+    training = property(lambda self: self.experts.training, lambda self, mode: None)
+
     def __init__(self, experts):
         super().__init__()
         vars(self).update(experts=experts, give=type(experts)._apply_gate)  # not as parts

@@ -4,7 +4,10 @@ import itertools
 import math
 import os
 import pickle
+import warnings
+import weakref
 from copy import deepcopy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +17,8 @@ import torch.nn as nn
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-from nalora import NALoRAConfig
-from nalora_hf import NALoRA, NALoRACallback, strides, survey, tiny
+from nalora import NALoRAConfig, State
+from nalora_hf import NALoRA, NALoRACallback, inputs, strides, survey, tiny
 from nalora_hf.tests.helpers import TINY, other_model, other_step
 
 SIZES = TINY | dict(hidden_size=16, intermediate_size=8, moe_intermediate_size=8, head_dim=4,
@@ -196,6 +199,19 @@ def test_experts_agree_with_the_oracle(family, kernel):
     nalora, resting = follows_the_oracle(family, mixture(family, kernel), NALoRAConfig(stride=1))
     assert resting and nalora.steps == 6  # experts without a token were among them
 
+def test_lora_on_biases_is_plain_lora():
+    model = mixture("GptOss")
+    config = peft.LoraConfig(r=2, target_modules="all-linear",
+                             target_parameters=TARGETS + ["mlp.experts.gate_up_proj_bias"])
+    model = peft.get_peft_model(model.unload(), config).train()
+    follows_the_oracle("GptOss", model, NALoRAConfig(stride=1), 2)
+
+def test_a_lone_expert_agrees_with_the_oracle(monkeypatch):
+    for name in ("num_experts", "num_local_experts", "num_experts_per_tok"):
+        monkeypatch.setitem(SIZES, name, 1)
+    for family in ("Qwen3Moe", "Mixtral"):  # PEFT cannot compute gpt-oss's
+        follows_the_oracle(family, mixture(family), NALoRAConfig(stride=1), 2)
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_strides_masks_weights_and_microbatches_agree_with_the_oracle(kernel, monkeypatch):
     monkeypatch.setattr("nalora_hf.steer.SAMPLES", 500)  # bytes: add up within a step
@@ -246,6 +262,70 @@ def test_checkpointing_changes_nothing(family, kernel, reentrant):
     assert nalora.steps == 3
     knows_the_same(nalora, plain)
     assert not any(ffn.received for ffn in nalora.ffns)  # nothing is held
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_take_the_token_mask_of_their_pass(reentrant):
+    def after_two_passes(checkpointed):
+        model = mixture("Qwen3Moe")
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        nalora = NALoRA(model, optimizer, NALoRAConfig(stride=1))
+        if checkpointed:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        for seed in (0, 1):
+            tokens = tokens_of(seed)
+            nalora.token_mask = tokens > 6
+            loss = model(input_ids=tokens).logits.square().mean()
+            nalora.token_mask = None
+            loss.backward()
+        optimizer.step()
+        return nalora
+
+    knows_the_same(after_two_passes(True), after_two_passes(False))
+
+def test_reentrant_checkpoints_say_that_they_cannot_tell_passes_apart():
+    model = mixture("Qwen3Moe")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    nalora = NALoRA(model, optimizer)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    losses = []
+    for seed in (0, 1):
+        nalora.token_mask = tokens_of(seed) > 6
+        losses.append(model(input_ids=tokens_of(seed)).logits.square().mean())
+    with pytest.warns(UserWarning, match="which tells them not apart"):
+        sum(losses).backward()
+
+def test_mask_model_and_state_may_be_on_several_devices():
+    model = mixture("Qwen3Moe")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    nalora = NALoRA(model, optimizer)
+    for group in nalora.groups:  # as if the model had been there, and was moved since
+        group.state = State(*(t.to("meta") for t in group.state))
+    model(input_ids=tokens_of(1))
+    assert {t.device.type for group in nalora.groups for passes in group.samples
+            for sample in passes for t in sample} == {"meta"}
+    ffn = nalora.ffns[0]
+    ffn.pair, ffn.expert, ffn.scores = (t.to("meta") for t in (ffn.pair, ffn.expert, ffn.scores))
+    z, weight, _ = ffn.sample(torch.empty(36, 8, device="meta"), tokens_of(1) > 4, slice(None))
+    assert z.shape == (36, 8) and weight.shape == (36,)
+
+def test_what_steps_are_multiplied_by_is_not_held():
+    model = mixture("Qwen3Moe")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    nalora = NALoRA(model, optimizer)
+    factor = nalora.factor
+    found = []
+
+    def noted(ffn, p):
+        t = factor(ffn, p)
+        found.append(weakref.ref(t._base))  # of all layers
+        return t
+
+    nalora.factor = noted
+    model(input_ids=tokens_of(1)).logits.square().mean().backward()
+    optimizer.step()
+    assert len(found) == 8 and not any(t() is not None for t in found)
 
 def test_a_resumed_run_ends_with_the_same_bits():
     whole, _ = trained(mixture("Qwen3Moe"), 4)
@@ -307,7 +387,8 @@ def test_a_copy_computes_by_itself_and_shows_nothing(family, kernel):
     model.eval()
     expected = model(input_ids=tokens_of(1)).logits
     for copy in (deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(copy(input_ids=tokens_of(1)).logits, expected)
+        with warnings.catch_warnings(action="error"):  # it does not train yet
+            assert torch.equal(copy(input_ids=tokens_of(1)).logits, expected)
         for p in copy.parameters():
             p.data.zero_()
         assert not copy(input_ids=tokens_of(1)).logits.any()
@@ -413,6 +494,12 @@ def test_strides_are_measured_beside_each_other(tmp_path, monkeypatch, capsys):
                                         ["0", "17", "60.25"]]
     assert all(0 < float(share) <= 1 for row in rows for share in row[5:6])
 
+def test_finetune_takes_a_mixture():
+    rows = {"input_ids": [[3, 4]]}
+    settings = {"method": "nalora", "gate": ["gate_proj", "gate_up_proj"]}
+    inputs.check_trainer(settings, SimpleNamespace(model=mixture("Qwen3Moe"), train_dataset=rows,
+                                                   eval_dataset=rows))
+
 # ---- what is refused -----------------------------------------------------------------------------
 def refuses(model, match, **settings):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -431,6 +518,15 @@ def test_what_cannot_be_seen_is_refused_with_the_reason(monkeypatch):
     refuses(survey.with_lora(tiny.build("MixtralForCausalLM"), "inject_lora"), "in its experts")
     jet = survey.with_lora(tiny.build("JetMoeForCausalLM"), "")
     refuses(jet, "JetMoeParallelExperts, which computes its experts in a form of its own")
+
+    down = tiny.build("GptOssForCausalLM")
+    peft.inject_adapter_in_model(peft.LoraConfig(target_parameters=TARGETS[1:]), down)
+    refuses(down, r"target_parameters=\['mlp.experts.gate_up_proj', 'mlp.experts.down_proj'\]")
+    refuses(mixture("Qwen3Moe").to("meta"), "stands on the meta device")
+    model = mixture("Qwen3Moe")
+    for p in model.parameters():
+        p.data = p.data.flatten()[:0] if p.requires_grad else p.data  # as ZeRO-3 leaves them
+    refuses(model, r"flattened .*ZeRO-3")
 
     model = mixture("Qwen3Moe")
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
