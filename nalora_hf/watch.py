@@ -140,12 +140,18 @@ class Routing(Hook):
         self.nalora.see(ffn, received, output.requires_grad)
 
 class Tap(nn.Module):
-    """Stands in the place of an experts module's own _apply_gate, for hooks; in its mode."""
-    training = property(lambda self: self.experts.training, lambda self, mode: None)
-
+    """Stands in the place of an experts module's own _apply_gate, for hooks."""
     def __init__(self, experts):
         super().__init__()
         vars(self).update(experts=experts, give=type(experts)._apply_gate)  # not as parts
+
+    @property
+    def training(self):
+        return self.experts.training
+
+    @training.setter
+    def training(self, mode):
+        """It is in its experts' mode."""
 
     def forward(self, gate_up):
         return self.give(self.experts, gate_up)
