@@ -1,9 +1,11 @@
 """What NA-LoRA costs beside LoRA on models of transformers: time and peak memory of a step.
 
     python -m nalora_hf.bench                                 16 small layers, eager and compiled
+    python -m nalora_hf.bench --sizes mixture tiny-mixture    Qwen3-MoE, 8 layers, 16 experts
     python -m nalora_hf.bench --sizes small smollm2 1b --out nalora_hf/BENCH.md
 
-Weights are random and of a Llama's shapes. Every kind has its own copy, all see the same batches,
+Weights are random, of a Llama's shapes or of a mixture's, whose experts carry LoRA, too (by PEFT
+alone: 16 experts, 4 of them for each token). Every kind has its own copy, all see the same batches,
 and they take their steps in turn in one process; a time is the median of the rounds, a ratio the
 median of the rounds' ratios with its quartiles. On a CPU it is CPU time, of one thread by default,
 which other programs disturb little."""
@@ -21,21 +23,25 @@ from nalora_hf import NALoRA, inject_lora
 
 SIZES = {  # layers, hidden, FFN, heads, heads of k and v, vocabulary; sequences and their tokens
     "small": (16, 256, 768, 8, 4, 1024, 8, 128),
+    "mixture": (8, 256, 128, 8, 4, 1024, 8, 128),
+    "tiny-mixture": (8, 64, 32, 4, 2, 1024, 8, 64),
     "smollm2": (30, 576, 1536, 9, 3, 49152, 4, 256),
     "1b": (16, 2048, 8192, 32, 8, 128256, 4, 1024)}
 KINDS = ["PEFT's LoRA", "NA-LoRA on PEFT's", "our LoRA", "NA-LoRA on ours"]
 
 class Run:
     """One model in training. step() takes one optimizer step."""
-    def __init__(self, kind, size, compiled, device, dtype):
-        from transformers import LlamaConfig, LlamaForCausalLM
+    def __init__(self, kind, size, compiled, device, dtype, stride):
+        from transformers import AutoConfig, AutoModelForCausalLM
         layers, hidden, ffn, heads, kv_heads, vocabulary, self.rows, self.length = SIZES[size]
+        mixture = dict(num_experts=16, num_experts_per_tok=4, moe_intermediate_size=ffn)
+        family, more = ("qwen3_moe", mixture) if "mixture" in size else ("llama", {})
         torch.manual_seed(0)
         with torch.device(device):
-            model = LlamaForCausalLM(LlamaConfig(
-                vocab_size=vocabulary, hidden_size=hidden, intermediate_size=ffn,
-                num_hidden_layers=layers, num_attention_heads=heads,
-                num_key_value_heads=kv_heads, use_cache=False)).to(dtype)
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
+                family, vocab_size=vocabulary, hidden_size=hidden, intermediate_size=ffn,
+                num_hidden_layers=layers, num_attention_heads=heads, head_dim=hidden // heads,
+                num_key_value_heads=kv_heads, use_cache=False, **more)).to(dtype)
         targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         if "PEFT" in kind:
             from peft import LoraConfig, get_peft_model
@@ -46,9 +52,10 @@ class Run:
         self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
                                            lr=1e-4, fused=True)
         if "NA-LoRA" in kind:
-            NALoRA(model, self.optimizer, NALoRAConfig())
+            NALoRA(model, self.optimizer, NALoRAConfig(stride=stride))
         self.device = device
-        self.call = torch.compile(model, fullgraph=True) if compiled else model
+        whole = "mixture" not in size  # PEFT's LoRA on experts breaks the graph
+        self.call = torch.compile(model, fullgraph=whole) if compiled else model
         self.steps = 0
 
     def step(self):
@@ -71,7 +78,7 @@ def wait(device):
     if device != "cpu":
         torch.accelerator.synchronize()
 
-def measure(kinds, size, compiled, device, dtype, rounds):
+def measure(kinds, size, compiled, device, dtype, stride, rounds):
     """{kind: (seconds of each round, peak MB of its own or None)}."""
     runs = {}
     memory = {}
@@ -80,7 +87,7 @@ def measure(kinds, size, compiled, device, dtype, rounds):
         ones @ ones
     for kind in kinds:
         held = torch.cuda.memory_allocated() if device == "cuda" else 0
-        runs[kind] = Run(kind, size, compiled, device, dtype)
+        runs[kind] = Run(kind, size, compiled, device, dtype, stride)
         for _ in range(3):  # compiles, and fills the optimizer's state
             runs[kind].step()
         if device == "cuda":
@@ -117,6 +124,7 @@ def main(argv=None):
     parser.add_argument("--lora", choices=["peft", "ours", "both"], default="both")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--threads", type=int, default=1, help="on a CPU")
+    parser.add_argument("--stride", type=int, default=17, help="NALoRA's")
     parser.add_argument("--out", help="a Markdown file for the table (default: printed only)")
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -124,7 +132,7 @@ def main(argv=None):
     torch.set_num_threads(args.threads)
     machine = (torch.cuda.get_device_name() if device == "cuda"
                else f"{platform.machine()} CPU, {args.threads} thread(s)")
-    kinds = {"peft": KINDS[:2], "ours": KINDS[2:], "both": KINDS}[args.lora]
+    chosen = {"peft": KINDS[:2], "ours": KINDS[2:], "both": KINDS}[args.lora]
     lines = [f"{machine}; base in {str(dtype).removeprefix('torch.')}, LoRA in float32, rank 8 on "
              f"all linear layers; torch {torch.__version__}; median of {args.rounds} rounds "
              "(quartiles).", "",
@@ -134,7 +142,9 @@ def main(argv=None):
     for size in args.sizes:
         for mode in args.modes:
             torch.compiler.reset()
-            measured = measure(kinds, size, mode == "compiled", device, dtype, args.rounds)
+            kinds = KINDS[:2] if "mixture" in size else chosen
+            measured = measure(kinds, size, mode == "compiled", device, dtype, args.stride,
+                               args.rounds)
             for line in rows(size, mode == "compiled", measured):
                 lines.append(line)
                 print(line, flush=True)

@@ -11,7 +11,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nalora import State, value_and_slope
+from nalora_hf.lora import active_adapters, lora_pairs, usable_parameters
 from nalora_hf.modules import match_names, unwrapped_modules
+from nalora_hf.watch import Group, Hook
 
 GATES = ("gate_proj", "gate_up_proj")  # names of the linear layer in front of the activation
 
@@ -23,18 +25,22 @@ ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu, "quick_gelu": qu
 
 class FFN:
     """What is known of a steered FFN: nalora.SteeredFFN's fields, for any layout."""
-    def __init__(self, name, module, gate, phi, owns_phi):
+    group_class = Group
+
+    def __init__(self, name, module, gate, phi, owns_phi, layers=None):
         self.name = name
         self.module = module
         self.gate = gate  # the layer in front of the activation
         self.phi = phi
         self.act = phi if owns_phi else gate  # phi's input is z, or else the gate's output
-        layers = [m for n, m in unwrapped_modules(module).items() if n and "." not in n]
-        self.parameters = [p for layer in layers for pair in lora_pairs(layer) for p in pair]
+        self.layers = layers or [m for n, m in unwrapped_modules(module).items()
+                                 if n and "." not in n]
+        self.parameters = usable_parameters(name, self.layers)
         self.B_gates = [B for _, B in lora_pairs(gate)]  # of several active adapters, several
         self.B_gate = self.B_gates[0]  # (rows, rank)
         self.adapter = next(iter(active_adapters(gate)), None)  # PEFT's name of B_gate's
         self.width = gate_width(module, gate)  # F
+        self.shape = (self.width,)  # of its importance
         self.fused = len(self.B_gate) > self.width  # then B's other rows make up
         self.rows = None if self.fused else torch.arange(self.width, device=self.B_gate.device)
         self.check_rows = self.fused  # look at the first pass whether z is the gate's output
@@ -43,6 +49,17 @@ class FFN:
         self.group = None  # and the place in it: steer.py's
         self.index = None
         self.forget()
+
+    def attach(self, nalora):
+        """Hooks that show where z is; the gate's output too, if it may make more than z."""
+        handles = []
+        if self.act is self.gate or self.check_rows:
+            hook = Hook(nalora, self, "see" if self.act is self.gate else "note_output")
+            handles.append(self.gate.register_forward_hook(hook, with_kwargs=True))
+        if self.act is not self.gate:
+            hook = Hook(nalora, self)
+            handles.append(self.act.register_forward_pre_hook(hook, with_kwargs=True))
+        return handles
 
     def forget(self):
         """Begins a step."""
@@ -67,17 +84,39 @@ class FFN:
 
     def kind(self):
         """Equal for FFNs that one call may observe."""
-        return kind_of(self.phi), self.width, self.B_gate.dtype, self.B_gate.device
+        return kind_of(self.phi), self.shape, self.B_gate.dtype, self.B_gate.device
+
+    def tokens(self, z):
+        """The shape of the tokens that gates z (..., F) are of."""
+        return z.shape[:-1]
 
     def fitting(self, mask, z):
         """The token mask if it is of gates z (..., F), or None."""
         if mask is None or self.ignores_mask:
             return None
-        if z.shape[:-1] in (mask.shape, (mask.numel(),)):  # some models flatten (batch, seq)
+        tokens = self.tokens(z)
+        if tokens in (mask.shape, (mask.numel(),)):  # some models flatten (batch, seq)
             return mask
         if not self.several_towers:  # else it may be another's
             raise ValueError(f"token_mask is {tuple(mask.shape)}, but the gates see tokens "
-                             f"{tuple(z.shape[:-1])}: set it before each pass, or to None.")
+                             f"{tuple(tokens)}: set it before each pass, or to None.")
+
+    def sample(self, z, mask, every):
+        """(z (T, F), weight (T,)) of the tokens that `every` names."""
+        if z.size(-1) != self.width:
+            raise ValueError(f"In {self.name} the activation receives {z.size(-1)} channels, and "
+                             f"the gate gives {self.width}: name the layer before it with gate=...")
+        z = z.detach().flatten(0, -2)[every]
+        return z, z.new_ones(len(z)) if mask is None else mask.flatten()[every].ne(0)
+
+    def factor(self, p, rows, scales):
+        """What the step of p is multiplied by: (rows, 1) for a B of the gate, else 0-dim."""
+        if not any(p is B for B in self.B_gates):
+            return scales[self.index]
+        if not self.fused:
+            return rows[self.index]
+        factor = scales[self.index].repeat(len(p), 1)  # for rows that make no gate
+        return factor if self.rows is None else factor.index_copy(0, self.rows, rows[self.index])
 
     def note_mask(self, mask):
         """Of a pass without gradients."""
@@ -89,7 +128,7 @@ class FFN:
         """The mask of a pass that runs within backward, by those of passes without gradients: a
         checkpoint computes again the one pass that was, others set their masks anew."""
         self.again = True
-        tokens = z.numel() // z.size(-1)
+        tokens = self.tokens(z).numel()
         masks = [other for other in self.masks if other is None or other.numel() == tokens]
         if all(other is masks[0] for other in masks):
             return masks[0] if masks else mask
@@ -107,12 +146,9 @@ class FFN:
         output = z[..., :0] if self.output is None else self.output  # z came before it, or without
         output = output.flatten(0, -2)[:256].float()  # (T, rows)
         z = z.detach().flatten(0, -2)[:256].float()  # (T, F)
-        count = output.size(-1)
-        layouts = {1: [(0, 1)], 2: [(0, 1), (self.width, 1), (0, 2), (1, 2)]}  # (first row, stride)
         alike = {}
         if z.size(-1) == self.width and len(z) == len(output):
-            for first, stride in layouts.get(count / self.width, []):
-                rows = first + stride * torch.arange(self.width, device=z.device)
+            for rows in row_layouts(output.size(-1), self.width, z.device):
                 both = torch.stack([output[:, rows].flatten(), z.flatten()])
                 alike[rows] = torch.corrcoef(both)[0, 1].abs().nan_to_num().item()
         order = sorted(alike, key=alike.get, reverse=True)
@@ -124,10 +160,15 @@ class FFN:
         self.check_rows = False
         self.output = None
 
-def find_ffns(model, gate, act):
-    """([FFN] whose gate carries LoRA, a sentence on what is steered). ValueError if none can be."""
-    gates = [gate] if isinstance(gate, str) else list(gate)
-    modules = unwrapped_modules(model)
+def row_layouts(count, width, device):
+    """How a layer of so many rows may hold the gate's: all, a half, or every other one."""
+    layouts = {1: [(0, 1)], 2: [(0, 1), (width, 1), (0, 2), (1, 2)]}  # (first row, stride)
+    return [first + stride * torch.arange(width, device=device)
+            for first, stride in layouts.get(count / width, [])]
+
+def find_ffns(modules, gates, act, experts, why):
+    """([FFN] whose gate carries LoRA, with `experts`, a sentence on what is steered). ValueError if
+    none can be. why: other experts are not."""
     config = getattr(modules[""], "config", None)
     matches = {name: modules[name] for name in match_names(modules, gates)}
     given = activation_named(act)
@@ -141,44 +182,56 @@ def find_ffns(model, gate, act):
         phi = given if own is None else own
         if lora_pairs(layer) and phi is not None:
             found.append((name, modules[name], layer, phi))
-    if not found:
-        refuse_all(modules, gates[0], matches)
+    if not found and not experts:
+        refuse_all(modules, gates[0], matches, why)
     shared = Counter(id(phi) for *_, phi in found)
     ffns = [FFN(name, module, layer, phi, shared[id(phi)] == 1 and calls(module, phi))
             for name, module, layer, phi in found]
     for ffn in ffns:
-        check(ffn)
         ffn.check_rows |= not {*gates} <= {*GATES}
-    names = [ffn.name for ffn in ffns]
-    towers = {re.split(r"\.\d", f".{name}")[0] for name in names}  # what stands before the number
+    ffns += experts
+    for ffn in ffns:
+        check(ffn)
+    towers = {re.split(r"\.\d", f".{ffn.name}")[0] for ffn in ffns}  # before the number
     twofold = getattr(config, "is_encoder_decoder", False)
     for ffn in ffns:  # a token mask is of one tower's tokens; of two halves, the encoder's
         ffn.several_towers = len(towers) > 1
         ffn.ignores_mask = twofold and ".decoder." in f".{ffn.name}"
     plain = Counter(name.split(".")[-1] for name, m in modules.items()
-                    if lora_pairs(m) and name.rpartition(".")[0] not in names)
+                    if lora_pairs(m) and not any(m in its.layers for its in ffns))
     rest = ", ".join(f"{count} {name}" for name, count in plain.items()) or "nothing else"
-    return ffns, f"NALoRA steers {len(names)} of {len(matches)} FFNs; plain LoRA on {rest}."
+    steered = [f"{len(found)} of {len(matches)} FFNs"] if matches or not experts else []
+    if experts:
+        steered.append(f"{sum(its.count for its in experts)} experts in {len(experts)} layers")
+    said = f"NALoRA steers {' and '.join(steered)}; plain LoRA on {rest}. {why}".strip()
+    return ffns, said
 
 def check(ffn):
     """ValueError if it cannot be steered."""
-    for p in ffn.parameters:
-        if p.is_meta:
-            raise ValueError(f"The LoRA of {ffn.name} stands on the meta device, without data: "
-                             "load the base onto a device first (not offloaded).")
-        within_rows = any(s.is_shard(1) for s in getattr(p, "placements", ()))
-        if within_rows or p.dim() != 2 or not p.numel():
-            raise ValueError(f"The LoRA parameters of {ffn.name} are flattened or sharded within "
-                             "rows (FSDP1, ZeRO-3): use FSDP2's fully_shard.")
     if ffn.fused and ffn.act is ffn.gate:
         raise ValueError(f"{ffn.name} computes gate and up in one layer, and its activation is no "
                          "module of its own: which rows are the gate's cannot be seen.")
-    if value_and_slope(ffn.phi, torch.zeros(1, device=ffn.B_gate.device))[0].any():
+    if value_and_slope(ffn.phi, torch.zeros(1, ffn.width, device=ffn.B_gate.device))[0].any():
         raise ValueError(f"The activation of {ffn.name} is not 0 at 0, so it is not self-gated.")
 
-def refuse_all(modules, gate, matches):
+def refuse_all(modules, gate, matches, why):
     """ValueError: why no FFN can be steered, and what to do."""
     lora = [name for name, m in modules.items() if lora_pairs(m)]
+    dense = [name for name, m in modules.items() if activation(m) is not None
+             and any(features(part, "out") for part in m.children())
+             and not re.search("router|attn|mixer", name)]
+    experts = [(name, m) for name, m in modules.items() if "Experts" in type(m).__name__]
+    if why and not dense:
+        raise ValueError(why)
+    if experts and not dense:
+        path, m = experts[0]
+        if not hasattr(m, "is_concatenated"):
+            raise ValueError(f"{path} is a {type(m).__name__}, which computes its experts in a "
+                             "form of its own, and there is no other FFN here.")
+        name = ".".join(path.replace(".base_layer", "").split(".")[-2:])
+        raise ValueError("The gates of this model are in its experts, and these carry no LoRA: "
+                         "PEFT puts it there with LoraConfig(target_parameters=["
+                         f"'{name}.gate_up_proj', '{name}.down_proj']).")
     for name in lora:
         if name in matches:
             raise ValueError(f"{name.rpartition('.')[0]} has no activation (act_fn, act): say "
@@ -186,10 +239,8 @@ def refuse_all(modules, gate, matches):
     if any(hasattr(m, "base_layer") for m in matches.values()):
         raise ValueError(f"The adapter on {gate} has no pair of A and B that could be steered: "
                          "use LoRA.")
-    if any(hasattr(m, "parameter_name") for m in modules.values()):  # experts as PEFT wraps them
-        raise ValueError("The LoRA is on this model's fused experts, which NALoRA does not steer. "
-                         "If it has dense or shared FFNs, too, put LoRA on their gates: "
-                         "inject_lora reaches them.")
+    if why:
+        raise ValueError(f"{why} The dense FFNs carry no LoRA: inject_lora puts it there.")
     if not lora:
         raise ValueError(f"No gated FFN here has LoRA on its {gate}: inject it first.")
     found = ", ".join(sorted({name.split(".")[-1] for name in lora}))
@@ -242,17 +293,3 @@ def kind_of(act):
     own = {key: value for key, value in vars(act).items() if "_hooks" not in key}
     return type(act), *((key, value if value.__hash__ else id(value))  # no two tensors are equal
                         for key, value in own.items() if value.__hash__ or value)
-
-def lora_pairs(layer):
-    """[(A (rank, in), B (out, rank))] of a LoRALinear or a PEFT layer's active adapters, or []."""
-    pair = [getattr(layer, part, None) for part in ("lora_A", "lora_B")]
-    if any(part is None for part in pair):
-        return []
-    if isinstance(pair[0], nn.Parameter):
-        return [tuple(pair)]
-    pairs = [[part[name] for part in pair] for name in active_adapters(layer)]
-    return [tuple(getattr(part, "weight", part) for part in pair) for pair in pairs]
-
-def active_adapters(layer):
-    """Names of a PEFT layer's adapters that compute and have an A and a B; of ours, none."""
-    return [name for name in getattr(layer, "active_adapters", []) if name in layer.lora_A]

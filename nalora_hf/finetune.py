@@ -100,9 +100,8 @@ def execute(out, record):
         trainer.train(resume_from_checkpoint=last and str(last))
         losses[method] = finite(trainer.evaluate()["eval_loss"])
         if method == "nalora":
-            ffns = callback.nalora.statistics().values()
-            record["nalora"] = {"steps": callback.nalora.steps, "k_hat": [f["k_hat"] for f in ffns],
-                                "rows_kept": [f["mask"].float().mean().item() for f in ffns]}
+            k_hat = [ffn.state.k_hat.nanmean().item() for ffn in callback.nalora.ffns]
+            record["nalora"] = {"steps": callback.nalora.steps, "k_hat": k_hat}  # experts' means
         if RANK == 0:
             write_model(s, trainer, callback.nalora, folder)
         save(out, record)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from nalora_hf.families import find_ffns
+from nalora_hf.steer import find_steered
 
 # ---- the data: rows of text ----------------------------------------------------------------------
 FORMATS = [("prompt", "completion"), ("instruction", "output"), ("messages",), ("text",)]
@@ -233,7 +233,7 @@ def check_trainer(s, trainer):
                          "do not belong together.")
     if s["method"] != "lora":
         try:
-            find_ffns(trainer.model, s["gate"], None)
+            find_steered(trainer.model, s["gate"], None)
         except ValueError as e:
             raise ValueError("NA-LoRA cannot steer this model. "
                              + str(e).replace("gate=...", "--gate")) from None

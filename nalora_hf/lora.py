@@ -99,6 +99,33 @@ def has_peft(model: nn.Module) -> bool:
     return any("base_layer" in m._modules and not is_ours(m, "LoRALinear")
                for m in model.modules())
 
+def lora_pairs(layer):
+    """[(A (rank, in), B (out, rank))] of a LoRALinear or a PEFT layer's active adapters, or []."""
+    pair = [getattr(layer, part, None) for part in ("lora_A", "lora_B")]
+    if any(part is None for part in pair):
+        return []
+    if isinstance(pair[0], nn.Parameter):
+        return [tuple(pair)]
+    pairs = [[part[name] for part in pair] for name in active_adapters(layer)]
+    return [tuple(getattr(part, "weight", part) for part in pair) for pair in pairs]
+
+def usable_parameters(name, layers):
+    """[A, B, A, B, ...] of an FFN's layers. ValueError if they are not here, as matrices."""
+    parameters = [p for layer in layers for pair in lora_pairs(layer) for p in pair]
+    for p in parameters:
+        if p.is_meta:
+            raise ValueError(f"The LoRA of {name} stands on the meta device, without data: load "
+                             "the base onto a device first (not offloaded).")
+        within_rows = any(s.is_shard(1) for s in getattr(p, "placements", ()))
+        if within_rows or p.dim() != 2 or not p.numel():
+            raise ValueError(f"The LoRA parameters of {name} are flattened or sharded within rows "
+                             "(FSDP1, ZeRO-3): use FSDP2's fully_shard.")
+    return parameters
+
+def active_adapters(layer):
+    """Names of a PEFT layer's adapters that compute and have an A and a B; of ours, none."""
+    return [name for name in getattr(layer, "active_adapters", []) if name in layer.lora_A]
+
 def lora_layers(model: nn.Module) -> dict[str, nalora.LoRALinear]:
     """{module name: LoRALinear, this one or nalora's} in module order. ValueError if there is none,
     or if an A or B is computed from others (pruned, parametrized, flattened by FSDP)."""

@@ -10,11 +10,12 @@ from torch.optim import Optimizer
 
 import nalora
 from nalora import GateSums, NALoRAConfig, State, widen
+from nalora_hf.experts import find_experts
 from nalora_hf.families import GATES, find_ffns
 from nalora_hf.guard import (Guard, Kept, find_process_groups, has_stepped, is_nested, kinds_of,
                              parameters_by_optimizer, this_rank, usable_optimizers)
-from nalora_hf.modules import is_ours
-from nalora_hf.watch import Group, Hook, drop_idle_hooks
+from nalora_hf.modules import is_ours, unwrapped_modules
+from nalora_hf.watch import drop_idle_hooks
 
 SAMPLES = 32 * 2**20  # bytes of gates that are held at most; stacked to be observed, twice that
 
@@ -34,14 +35,14 @@ class NALoRA(nalora.NALoRA):
         self.config = config or NALoRAConfig()
         self.token_mask = None
         self.steps = 0
-        self.ffns, self.said = find_ffns(model, gate, act)
+        self.ffns, self.said = find_steered(model, gate, act)
         self.optimizers = usable_optimizers(optimizer)
         self.steered = parameters_by_optimizer(self.optimizers, self.ffns)
         self.process_groups, self.ddp = find_process_groups(model, optimizer, self.ffns)
         kinds = {}
         for ffn in self.ffns:
             kinds.setdefault(ffn.kind(), []).append(ffn)
-        self.groups = [Group(ffns) for ffns in kinds.values()]
+        self.groups = [ffns[0].group_class(ffns) for ffns in kinds.values()]
         self.order = torch.zeros(1, device="cpu")  # see the operation
         self.held = 0  # bytes of samples
         self.seen = False  # whether a pass was since the last step
@@ -67,18 +68,13 @@ class NALoRA(nalora.NALoRA):
         return self.said
 
     def attach(self, ffn):
-        for hook in [*ffn.act._forward_pre_hooks.values(), *ffn.act._forward_hooks.values()]:
-            old = hook.nalora if is_ours(hook, "Hook") else None
-            if old is not None and any(ffn.B_gate is other.B_gate for other in old.ffns):
-                old.remove()  # such as when a notebook's cell runs again
-        drop_idle_hooks(ffn.act)
-        if ffn.act is ffn.gate or ffn.check_rows:
-            show = "see" if ffn.act is ffn.gate else "note_output"
-            self.handles.append(ffn.gate.register_forward_hook(Hook(self, ffn, show),
-                                                               with_kwargs=True))
-        if ffn.act is not ffn.gate:
-            self.handles.append(ffn.act.register_forward_pre_hook(Hook(self, ffn),
-                                                                  with_kwargs=True))
+        for module in (ffn.act, ffn.gate, ffn.module):
+            for hook in [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]:
+                old = hook.nalora if is_ours(hook, "Hook") else None
+                if old is not None and any(ffn.B_gate is other.B_gate for other in old.ffns):
+                    old.remove()  # such as when a notebook's cell runs again
+            drop_idle_hooks(module)
+        self.handles += ffn.attach(self)
 
     # -- passes --------------------------------------------------------------------------------
     def see(self, ffn, z, trains):
@@ -103,26 +99,20 @@ class NALoRA(nalora.NALoRA):
             self.compare([o for o in self.optimizers if self.passes > 1 or not self.kept[o].noted])
         if ffn.check_rows and ffn.act is not ffn.gate:
             ffn.find_rows(z)
-        if z.size(-1) != ffn.width:
-            raise ValueError(f"In {ffn.name} the activation receives {z.size(-1)} channels, and "
-                             f"the gate gives {ffn.width}: name the layer before it with gate=...")
+        fitting = ffn.fitting(mask, z)
+        self.fitted |= fitting is mask
         every = slice(self.steps % self.config.stride, None, self.config.stride)
-        sample = z.detach().flatten(0, -2)[every]  # (T, F)
-        given = mask
-        mask = ffn.fitting(mask, z)
-        self.fitted |= mask is given
-        weight = sample.new_ones(len(sample)) if mask is None else mask.flatten()[every].ne(0)
+        sample = ffn.sample(z, fitting, every)
         here = ffn.group.state.importance
         most = max(1, SAMPLES // (here.element_size() * ffn.width))  # tokens
-        parts = [(sample, weight)]
-        if len(sample) > most:
-            parts = zip(sample.split(most), weight.split(most))
-        for part, its_weight in parts:
-            part = part.to(here, copy=True)  # its own memory, not that of all tokens
-            if self.held + part.nbytes > SAMPLES:
+        parts = [sample] if len(sample[0]) <= most else zip(*(t.split(most) for t in sample))
+        for z, weight, *experts in parts:
+            z = z.to(here, copy=True)  # its own memory, not that of all tokens
+            if self.held + z.nbytes > SAMPLES:
                 self.add_up()
-            self.held += part.nbytes
-            ffn.group.samples[ffn.index].append((part, its_weight.to(part)))
+            self.held += z.nbytes
+            experts = [expert.to(z.device) for expert in experts]  # of others, none
+            ffn.group.samples[ffn.index].append((z, weight.to(z), *experts))
 
     def set_token_mask(self, ffn, mask, trains):  # from a hook of the model
         self.token_mask = mask.clone() if mask.numel() else None
@@ -135,9 +125,7 @@ class NALoRA(nalora.NALoRA):
     def add_up(self):
         """Adds what was sampled to the sums of the step, a group at a time."""
         for group in self.groups:
-            while any(group.samples):
-                which, z, weight = group.take_samples()
-                group.add(which, self.observe(group, z, weight))
+            group.add_up(self.observe)
         self.held = 0
 
     # -- steps ---------------------------------------------------------------------------------
@@ -182,13 +170,13 @@ class NALoRA(nalora.NALoRA):
                 warnings.warn("NALoRA saw no pass before this step: is the model in train() mode, "
                               "its adapter active, and was it not compiled before NALoRA was made? "
                               "(Passes under torch.func are not counted.)")
-        self.factors = {group: (self.row_factor(group).unbind(), group.state.scale.unbind())
-                        for group in self.groups}
+        self.factors = {group: group.factors(self.row_factor(group)) for group in self.groups}
         values = [self.value(p) for p, _ in self.steered[optimizer]]
         kept = self.kept[optimizer]
         before = kept.found.tensors
         factors = [self.factor(ffn, p).to(t)
                    for (p, ffn), t in zip(self.steered[optimizer], before)]
+        self.factors = None  # an expert's are as large as its B
         torch._foreach_lerp_(before, [widen(value) for value in values], factors)  # nalora.blend
         torch._foreach_copy_(values, before)
         if kept.rounded:
@@ -226,18 +214,9 @@ class NALoRA(nalora.NALoRA):
         return p.to_local() if hasattr(p, "placements") else p
 
     def factor(self, ffn, p):
-        """What the step of p is multiplied by: (rows, 1) for a B of the gate, else 0-dim."""
-        rows, scales = self.factors[ffn.group]
-        factor = scales[ffn.index]
-        if p is not ffn.B_gate and not any(p is B for B in ffn.B_gates):
-            return factor
-        if ffn.fused:  # rows that make no gate take the scale alone
-            factor = factor.repeat(len(p), 1)
-            if ffn.rows is not None:
-                factor = factor.index_copy(0, ffn.rows, rows[ffn.index])
-        else:
-            factor = rows[ffn.index]
-        if hasattr(p, "placements"):  # of a DTensor, this rank's rows
+        """What the step of p, or of the part of it that this rank holds, is multiplied by."""
+        factor = ffn.factor(p, *self.factors[ffn.group])
+        if factor.dim() and hasattr(p, "placements"):  # of a DTensor, this rank's rows
             whole = type(p).from_local(factor, p.device_mesh)  # the same on every rank
             factor = whole.redistribute(placements=p.placements).to_local()
         return factor
@@ -273,9 +252,16 @@ class NALoRA(nalora.NALoRA):
         """Prints a table of the FFNs after the last step."""
         width = max(len(ffn.name) for ffn in self.ffns)
         print(f"{'':{width}}  channels  moving  k_hat  z > 0  scale   after {self.steps} steps")
-        for name, s in self.statistics().items():
-            print(f"{name:{width}}  {len(s['mask']):8}  {s['mask'].float().mean():6.1%}  "
-                  f"{s['k_hat']:5.2f}  {s['occupancy']:5.1%}  {s['scale']:5.2f}")
+        for ffn in self.ffns:  # of experts the means
+            s = ffn.state
+            print(f"{ffn.name:{width}}  {s.mask.numel():8}  {s.mask.float().mean():6.1%}  "
+                  f"{s.k_hat.nanmean():5.2f}  {s.occupancy.nanmean():5.1%}  {s.scale.mean():5.2f}")
+
+def find_steered(model, gate, act):
+    """([FFN] that a NALoRA would steer, a sentence on them). ValueError if there are none."""
+    gates = [gate] if isinstance(gate, str) else list(gate)
+    modules = unwrapped_modules(model)
+    return find_ffns(modules, gates, act, *find_experts(modules, gates))
 
 def shapes(tensors):
     return tuple((name, tuple(t.shape)) for name, t in tensors.items())

@@ -6,8 +6,9 @@ models under PEFT's LoRA on all linear layers:
     python -m nalora_hf.survey --report    writes the table of MODELS.md from MODELS.json
 
 A row says "steered" only if two things were seen. The importance is the mean |phi'| of what each
-FFN's activation received, all tokens counted by a hook of our own. And one step of SGD moved the
-rows of every B_gate as the mask and the scale say, bit for bit, seen beside plain LoRA's step.
+FFN's activation received, all tokens counted by a hook of our own (of an expert: what its weights
+make of the tokens that the router gives it). And one step of SGD moved the rows of every B_gate, an
+expert's alone, as the mask and the scale say, bit for bit, seen beside plain LoRA's step.
 """
 import argparse
 import contextlib
@@ -22,87 +23,35 @@ import torch.nn.functional as F
 
 from nalora import NALoRAConfig, blend, value_and_slope
 from nalora_hf.adapters import inject_lora, read_json, write_files
-from nalora_hf.families import activation, features, lora_pairs
+from nalora_hf.experts import Experts
+from nalora_hf.families import activation, features
+from nalora_hf.lora import lora_pairs
 from nalora_hf.steer import NALoRA
+from nalora_hf.tiny import build, loss_of
 
 PACKAGE = Path(__file__).parent
 
-def all_of(names, value):
-    return dict.fromkeys(names.split(), value)
-
-WIDE = all_of("intermediate_size ffn_dim d_ff n_inner ffn_hidden_size encoder_ffn_dim "
-              "decoder_ffn_dim shared_expert_intermediate_size shared_intermediate_size "
-              "intermediate_size_mlp dense_intermediate_size moe_intermediate_size", 48)
-EXPERTS = all_of("num_experts num_local_experts n_routed_experts moe_num_experts", 4)
-EXPERTS |= all_of("n_group topk_group num_expert_group first_k_dense_replace n_shared_experts", 1)
-EXPERTS |= all_of("num_experts_per_tok num_experts_per_token moe_topk moe_k", 2)
-OTHER = all_of("hidden_size d_model n_embd embed_dim dim word_embed_proj_dim lru_width", 32)
-OTHER |= all_of("num_hidden_layers n_layer num_layers n_layers encoder_layers decoder_layers", 2)
-OTHER |= all_of("num_attention_heads n_head num_heads n_heads mamba_n_heads", 4)
-OTHER |= all_of("encoder_attention_heads decoder_attention_heads rotary_dim", 4)
-OTHER |= all_of("qk_head_dim kv_lora_rank q_lora_rank sliding_window image_size", 16)
-OTHER |= all_of("head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim mamba_d_state", 8)
-OTHER |= all_of("hidden_size_per_layer_input patch_size", 8)
-OTHER |= all_of("vocab_size vocab_size_per_layer_input max_position_embeddings n_positions", 64)
-OTHER |= {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-          "num_kv_shared_layers": 0, "use_cache": False,
-          "attention_types": [[["global", "local"], 1]], "is_decoder": True,
-          "is_encoder_decoder": False}
-MAY_BE_UNSET = {*WIDE, *EXPERTS}
-SIZES = WIDE | EXPERTS | OTHER
-
-def tiny(config_class, **changes):
-    """A configuration of a few thousand parameters: the class's own, with small SIZES."""
-    default = config_class()
-    names = {name for name in vars(default) if not name.startswith("_")}
-    small = {name: SIZES[name] for name in names & set(SIZES)
-             if type(vars(default)[name]) is type(SIZES[name])
-             or vars(default)[name] is None and name in MAY_BE_UNSET}
-    for name in getattr(config_class, "sub_configs", {}):
-        part = vars(default).get(name)
-        if part is not None:
-            small[name] = tiny(type(part)).to_dict()
-    return config_class(**{**small, **{k: v for k, v in changes.items() if k in names}})
-
-# Families whose sizes must fit together in ways of their own.
-SPECIAL = [{}, {"head_dim": 4}, {"num_key_value_heads": 4}, {"num_hidden_layers": 4},
-           {"num_hidden_layers": 4, "head_dim": 4, "num_key_value_heads": 4},
-           {"num_experts_per_tok": 1}, {"mamba_d_head": 16, "num_hidden_layers": 4},
-           {"layer_types": ["full_attention", "conv"]}]
-
-def build(name):
-    """A tiny random model of that class, in training mode. ValueError if none could be built."""
-    import transformers
-    errors = []
-    for changes in SPECIAL:
-        try:
-            torch.manual_seed(0)
-            model_class = getattr(transformers, name)
-            model = model_class(tiny(model_class.config_class, **changes))
-            loss_of(model).backward()
-            model.zero_grad()
-            return model.train()
-        except Exception as e:  # transformers raises many kinds; the first one tells most
-            errors.append(f"{type(e).__name__}: {e}")
-    raise ValueError(" ".join(errors[0].split())[:160])
-
-def loss_of(model):
-    torch.manual_seed(1)  # also of what the model draws (dropout, noise of a router)
-    tokens = torch.randint(3, 60, (2, 12))
-    return model(input_ids=tokens).logits.float().square().mean()
-
 # ---- one family ----------------------------------------------------------------------------------
-def with_lora(model, by_peft):
-    """The model with LoRA on all linear layers, B away from 0."""
-    if by_peft:
-        from peft import LoraConfig, get_peft_model
+# PEFT's on all linear layers, with those of fused experts, on these alone; ours.
+WAYS = ("", "target_parameters", "target_parameters alone", "inject_lora")
 
-        model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
-    else:
+def with_lora(model, way):
+    """The model with LoRA on all linear layers, B away from 0."""
+    if way == "inject_lora":
         head = model.get_output_embeddings()
         linears = {name: m for name, m in model.named_modules()
                    if type(m) is torch.nn.Linear and m is not head and min(m.weight.shape) >= 4}
         inject_lora(model, [name for name in linears if "router" not in name], rank=4, alpha=8)
+    else:
+        from peft import LoraConfig, get_peft_model
+        config = LoraConfig(r=3, lora_alpha=6, target_modules="all-linear")
+        if way == "target_parameters alone":
+            config.target_modules = None
+        if way:
+            config.target_parameters = [f"{name}.{p}" for name, m in model.named_modules()
+                                        if hasattr(m, "is_concatenated")
+                                        for p, t in m.named_parameters() if t.dim() == 3]
+        model = get_peft_model(model, config)
     torch.manual_seed(2)
     for layer in model.modules():
         for A, B in lora_pairs(layer):
@@ -132,41 +81,60 @@ def steer(fresh, keywords):
     model = fresh()
     optimizer = optimizer_of(model)
     nalora = NALoRA(model, optimizer, NALoRAConfig(stride=1, keep=0.25), **keywords)
-    received, given = note_gates(nalora.ffns)
+    experts = note_experts([ffn for ffn in nalora.ffns if isinstance(ffn, Experts)])
+    received, given = note_gates([ffn for ffn in nalora.ffns if not isinstance(ffn, Experts)])
     before = {id(p): p.detach().clone() for p in model.parameters()}
     loss_of(model).backward()
-    optimizer.step()
+    try:
+        optimizer.step()
+    except ValueError as e:  # too late for a refusal
+        return f"the step failed: {e}", nalora.ffns
     after = dict(zip(map(id, model.parameters()), plain.parameters()))
-    called = [ffn for ffn in nalora.ffns if ffn in received or ffn.state.k_hat.isfinite()
+    called = [ffn for ffn in nalora.ffns if ffn in experts or ffn in received
+              or ffn.state.k_hat.isfinite().any()
               or ffn in given and not isinstance(ffn.phi, torch.nn.Module)]
     if not called:  # a module that was not called is that of a fast path
         raise ValueError("no FFN that could be steered was called")
     for ffn in called:
-        z = torch.cat(received.get(ffn) or given[ffn])
-        importance = value_and_slope(ffn.phi, z)[1].abs().mean(0)
-        if not torch.allclose(importance * 0.1, ffn.state.importance, rtol=1e-4, atol=1e-6):
-            return "importance is not that of the activation's input", nalora.ffns
+        seen = experts.get(ffn) or {(): received.get(ffn) or given[ffn]}
+        for e, z in seen.items():
+            importance = value_and_slope(ffn.phi, torch.cat(z))[1].abs().mean(0)
+            if not torch.allclose(importance * 0.1, ffn.state.importance[e], rtol=1e-5, atol=1e-7):
+                return "importance is not that of the activation's input", nalora.ffns
         for p in ffn.parameters:
             is_gate = any(p is B for B in ffn.B_gates)
-            factor = ffn.state.scale.repeat(len(p), 1)
-            if is_gate:
-                factor[ffn.rows] *= ffn.state.mask[:, None]
-            if not torch.equal(p, blend(before[id(p)], after[id(p)], factor)):
-                return "a step is not blended as mask and scale say", nalora.ffns
             if is_gate and torch.equal(p, before[id(p)]):
                 return "no row of B_gate moved", nalora.ffns
+            for part, e in shares(ffn, p):
+                now, was, plainly = (t[part] for t in (p, before[id(p)], after[id(p)]))
+                factor = ffn.state.scale[e].repeat(len(now), 1)
+                if is_gate:
+                    factor[ffn.rows] *= ffn.state.mask[e][:, None]
+                if not torch.equal(now, blend(was, plainly, factor)):
+                    return "a step is not blended as mask and scale say", nalora.ffns
     return "", nalora.ffns
 
+def shares(ffn, p):
+    """[(part of p, whose it is: an expert's or, as (), the FFN's)], as PEFT lays experts out."""
+    if not isinstance(ffn, Experts):
+        return [((), ())]
+    E = ffn.module.num_experts
+    if any(p is layer.lora_A["default"].weight for layer in ffn.layers):
+        return [(slice(e * len(p) // E, (e + 1) * len(p) // E), e) for e in range(E)]
+    return [((slice(None), slice(e, None, E)), e) for e in range(E)]
+
 def note_gates(ffns):
-    """{FFN: what its activation receives}, {FFN: what its gate gives}, filled by each pass. It does
-    not ask NALoRA where it looks: an activation is called for the gate that ran last."""
+    """{FFN: what its activation receives}, {FFN: what its gate gives}, filled by each pass with
+    gradients (HRM has some without). It does not ask NALoRA where it looks: an activation is called
+    for the gate that ran last."""
     received = {}
     given = {}
     last = []
 
     def note_gate(ffn, z):
-        last[:] = [ffn]
-        given.setdefault(ffn, []).append(z.detach().flatten(0, -2).float())
+        last[:] = [ffn] if z.requires_grad else []
+        for ffn in last:
+            given.setdefault(ffn, []).append(z.detach().flatten(0, -2).float())
 
     def note_phi(phi, z):
         for ffn in last:
@@ -180,40 +148,68 @@ def note_gates(ffns):
             phi.register_forward_pre_hook(lambda phi, inputs: note_phi(phi, inputs[0]))
     return received, given
 
+def note_experts(layers):
+    """{layer: {expert: what its weights make of the tokens that the router gives it}}, filled by
+    each pass."""
+    received = {}
+
+    def note(layer, x, experts, scores):
+        W = layer.gate.get_param()  # with LoRA, while it computes
+        for e in experts.unique().tolist():
+            token = ((experts == e) & (scores != 0)).any(-1)
+            z = x[token] @ (W[e] if layer.module.is_transposed else W[e].T)
+            z = z + layer.module.gate_up_proj_bias[e] if layer.module.has_bias else z
+            z = z[:, layer.rows].detach().float()
+            received.setdefault(layer, {}).setdefault(e, []).append(z)
+
+    for layer in layers:
+        layer.module.register_forward_pre_hook(
+            lambda module, inputs, layer=layer: note(layer, *inputs))
+    return received
+
 def gated(ffn):
     """Whether an FFN multiplies its activation by features: another layer is as wide, or fused."""
     others = [m for m in ffn.module.children() if m is not ffn.gate]
-    return ffn.fused or any(features(m, "out") == ffn.width for m in others)
+    return getattr(ffn.module, "has_gate", ffn.fused) or any(
+        features(m, "out") == ffn.width for m in others)
+
+def try_way(name, way):
+    """(row as of `try_family`, which of "experts" and "FFNs" are steered) with LoRA put in so."""
+    def fresh():
+        return with_lora(build(name), way)
+    row = {"outcome": "refused", "how": "", "said": ""}
+    try:
+        names = candidates(fresh())
+    except Exception as e:
+        return row | {"said": f"This LoRA does not go in: {e}"}, []
+    for keywords in [{}, *({"gate": gate} for gate in names), {"gate": "w1", "act": F.silu}]:
+        try:
+            problem, ffns = steer(fresh, keywords)
+        except ValueError as e:
+            row["said"] = row["said"] or str(e).splitlines()[0]
+            continue
+        how = [way, *(f"{k}={getattr(v, '__name__', repr(v))}" for k, v in keywords.items())]
+        row = {"outcome": "wrong" if problem else "steered" if gated(ffns[0]) else "ungated",
+               "how": ", ".join(filter(None, how)), "said": problem}
+        return row, {"experts" if isinstance(ffn, Experts) else "FFNs" for ffn in ffns}
+    return row, []
 
 def try_family(name):
     """{"outcome": steered, ungated, refused, not built or wrong, "how", "said"} of a class."""
     try:
-        build(name)
+        mixture = any(hasattr(m, "is_concatenated") for m in build(name).modules())
     except ValueError as e:
         return {"outcome": "not built", "how": "", "said": str(e)}
-    said = []
-    for by_peft in (True, False):
-
-        def fresh():
-            return with_lora(build(name), by_peft)
-
-        try:
-            names = candidates(fresh())
-        except Exception as e:
-            said.append(f"This LoRA does not go in: {e}")
-            continue
-        ways = [{}, *({"gate": gate} for gate in names), {"gate": "w1", "act": F.silu}]
-        for keywords in ways:
-            try:
-                problem, ffns = steer(fresh, keywords)
-            except ValueError as e:
-                said.append(str(e).splitlines()[0])
-                continue
-            how = ", ".join(f"{k}={getattr(v, '__name__', repr(v))}" for k, v in keywords.items())
-            kind = "steered" if gated(ffns[0]) else "ungated"
-            return {"outcome": "wrong" if problem else kind,
-                    "how": how if by_peft else f"inject_lora {how}".strip(), "said": problem}
-    return {"outcome": "refused", "how": "", "said": said[0]}
+    tries = [try_way(name, way) for way in (WAYS if mixture else WAYS[::3])]
+    steered = {what: row for row, found in tries[::-1] for what in found}  # by the first way
+    wrong = [row for row, _ in tries if row["outcome"] == "wrong"]
+    if wrong or not steered:
+        return (wrong or tries[0])[0]
+    row = min(steered.values(), key=lambda row: row["outcome"])  # "steered" before "ungated"
+    if mixture:
+        hows = [f"{what}: {its['how'] or 'all-linear'}" for what, its in sorted(steered.items())]
+        row = row | {"how": "; ".join(hows)}
+    return row
 
 # ---- all families --------------------------------------------------------------------------------
 def survey(chosen):
@@ -259,9 +255,9 @@ def report(rows):
 def reason(said):
     """What a refusal says, without the names of one model."""
     kinds = {
-        "fused experts": "PEFT puts the LoRA on fused experts, and there is no other gated FFN",
+        "in its experts": "the gates are in experts without LoRA",
+        "form of its own": "the experts are computed in a form of their own",
         "No gated FFN": "no linear layer stands in front of an activation and carries LoRA",
-        "no activation": "the layer called gate_proj belongs to no FFN (attention)",
         "no module of its own": "gate and up are one layer, and the activation is no module",
         "This LoRA": "PEFT's LoRA does not go in, or its model does not run"}
     return next((kind for mark, kind in kinds.items() if mark in said), said.split(":")[0])
@@ -271,15 +267,11 @@ def main(argv=None):
     parser.add_argument("families", nargs="*", help="model types, such as qwen3 (default: all)")
     parser.add_argument("--report", action="store_true", help="print the table of the last survey")
     args = parser.parse_args(argv)
-    if not args.report:
-        rows = survey(args.families)
-        if not args.families:
-            write_files(PACKAGE, {"MODELS.json": rows})
-    else:
-        rows = read_json(PACKAGE / "MODELS.json")
+    rows = read_json(PACKAGE / "MODELS.json") if args.report else survey(args.families)
     table = report(rows)
     print(table)
     if not args.families:
+        write_files(PACKAGE, {"MODELS.json": rows})
         text = (PACKAGE / "MODELS.md").read_text(encoding="utf-8")
         before, _, rest = text.partition(MARK)
         text = f"{before}{MARK}\n{table}\n{END}{rest.partition(END)[2]}"

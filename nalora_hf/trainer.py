@@ -101,10 +101,10 @@ class NALoRACallback(TrainerCallback):
     def describe(self):
         """What a log line says."""
         states = [group.state for group in self.nalora.groups]
-        k_hat = torch.cat([s.k_hat.cpu() for s in states])
+        k_hat = torch.cat([s.k_hat.flatten().cpu() for s in states])
         k_hat = k_hat[k_hat.isfinite()]
         masks = torch.cat([s.mask.flatten().cpu() for s in states])
-        values = {"scale": torch.cat([s.scale.cpu() for s in states]).mean(),
+        values = {"scale": torch.cat([s.scale.flatten().cpu() for s in states]).mean(),
                   "rows": masks.float().mean()}
         if len(k_hat):
             values |= {"k_hat_min": k_hat.min(), "k_hat": k_hat.mean(), "k_hat_max": k_hat.max()}

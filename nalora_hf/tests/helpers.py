@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nalora_hf import Llama, LlamaConfig, NALoRA, inject_lora, lora_parameters
-from nalora_hf.families import lora_pairs
+from nalora_hf.lora import lora_pairs
 
 FFN = ["gate_proj", "up_proj", "down_proj"]
 SMALL = LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,

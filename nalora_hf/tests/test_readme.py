@@ -119,6 +119,8 @@ ROWS = {
     "gate and up in one layer (Phi-3, GLM)": "test_a_fused_layer_is_steered_as_its_unfused_twin",
     "a gate that is changed before the activation (Gemma 3n)":
         "test_what_the_activation_receives_is_observed",
+    "experts (Mixtral, Qwen3-MoE, OLMoE, MiniMax)":
+        "test_experts_agree_with_the_oracle test_other_families_agree_with_the_oracle",
     "Liger's FFN": "test_interop_a_fused_ffn_is_steered_as_the_one_it_replaces",
     "rsLoRA, DoRA, PiSSA, OLoRA, AdaLoRA, dropout, `rank_pattern`, `modules_to_save`":
         "test_interop_lora_as_peft_configures_it test_interop_pissa_and_adalora",
@@ -144,9 +146,15 @@ ROWS = {
     "vision and language": "test_interop_both_towers_of_a_vision_language_model",
     "no activation to be found": "test_the_activation_may_be_told_or_stand_in_the_config",
     "several optimizers": "test_several_optimizers_step_as_one",
-    "dense and shared FFNs beside experts (GLM-4.5, DeepSeek-V3)":
-        "test_interop_experts_are_left_alone_and_dense_and_shared_ffns_are_steered",
-    "experts alone (Mixtral, Qwen3-MoE)": "test_interop_families_are_what_the_table_says",
+    "experts of gpt-oss, Qwen2-MoE, Phi-MoE":
+        "test_experts_agree_with_the_oracle "
+        "test_shared_ffns_beside_experts_are_groups_of_their_own",
+    "dense and shared FFNs beside experts (DeepSeek-V3, GLM-4.5, Qwen3-Next)":
+        "test_interop_dense_and_shared_ffns_beside_experts_are_steered",
+    "experts of Llama 4, LongCat, JetMoe":
+        "test_what_cannot_be_seen_is_refused_with_the_reason",
+    "experts by another implementation than `eager`, `grouped_mm`, `batched_mm`":
+        "test_what_cannot_be_seen_is_refused_with_the_reason",
     "FSDP1, ZeRO-3": "test_flattened_parameters_are_refused",
     "schedule-free optimizers": "test_interop_schedule_free_is_refused",
     "VeRA, LoHa, OFT": "test_interop_adapters_without_a_and_b_are_refused",
