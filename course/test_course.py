@@ -65,6 +65,16 @@ def test_the_readme_of_the_vectors_tells_what_a_port_sees():
     assert tolerance == {"float64": 1e-10, "float32": 5e-5}
     assert "(1e-10 in float64, 5e-5 in float32)" in text
 
+def test_a_port_is_told_what_was_left_out(tmp_path, capsys):
+    path = tmp_path / "port.py"
+    path.write_text("def blend(before, after, factor):\n"
+                    "    return before + factor * (after - before)\n")
+    assert vectors.main(path) == 0
+    blends = sum(case["kind"] == "correct" for case in vectors.ABOUT["cases"].values())
+    assert capsys.readouterr().out.splitlines() == [
+        f"{blends} cases at the tolerance of float64, 0 fail",
+        f"{20 - blends} were left out: the port has no observe, no trace"]
+
 def test_the_vectors_are_those_of_their_script():
     about, made = make_vectors.make_all()
     assert about == json.loads((vectors.VECTORS / "vectors.json").read_text())

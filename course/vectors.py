@@ -64,13 +64,14 @@ def run_trace(port, case, t):
         for key, value in found.items():
             yield f"step {step}: {key}", value, t[f"{step}/{key}"]
 
+NEEDS = {"gates": "observe", "correct": "blend", "trace": "trace"}  # of the port, by kind of case
+
 def failures(port, precision="float64", only=None):
     """[(case, what, largest error, what the case catches)]: the first failure of each case."""
     tolerance = ABOUT["tolerance"][precision]
-    needs = {"gates": "observe", "correct": "blend", "trace": "trace"}
     found = []
     for name, (case, t) in load().items():
-        if (only and case["kind"] not in only) or not hasattr(port, needs[case["kind"]]):
+        if (only and case["kind"] not in only) or not hasattr(port, NEEDS[case["kind"]]):
             continue
         for what, got, wanted in results(port, case, t):
             got = np.asarray(got, dtype=np.float64)
@@ -92,7 +93,12 @@ def main(path):
     wrong = failures(port, precision)
     for name, what, how, catches in wrong:
         print(f"{name}, {what}: {how}. This case catches: {catches}.")
-    print(f"{len(ABOUT['cases'])} cases at the tolerance of {precision}, {len(wrong)} fail")
+    lacks = [NEEDS[case["kind"]] for case, _ in load().values()
+             if not hasattr(port, NEEDS[case["kind"]])]
+    tried = len(ABOUT["cases"]) - len(lacks)
+    print(f"{tried} cases at the tolerance of {precision}, {len(wrong)} fail")
+    if lacks:
+        print(f"{len(lacks)} were left out: the port has no {', no '.join(sorted({*lacks}))}")
     return 1 if wrong else 0
 
 if __name__ == "__main__":
