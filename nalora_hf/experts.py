@@ -1,10 +1,9 @@
-"""Experts of mixtures. transformers holds those of a layer in one module, whose activation receives
-one row for each pair of a token and an expert; PEFT holds their LoRA in one A and one B.
+"""Experts of mixtures. transformers holds the E experts of a layer in one module, whose activation
+receives one row for each pair of a token and an expert that the router chose. Which row is whose
+follows from the router's choice and the order in which the module computes: see `order`.
 
-Few tokens reach an expert: 7.5 pairs a step of 2,048 tokens, 128 experts, top 8 and stride 17. On
-a small Qwen3-MoE (python -m nalora_hf.strides, 3 seeds) strides 17, 5 and 1 gave: mask as by a
-large sample in 95.5, 96.4, 96.5 % of its rows; 1.4, 1.1, 0.8 % of them change a step; 15, 10, 7 %
-of the experts see no pair in a step. So experts keep the stride of other FFNs.
+PEFT holds the LoRA of all experts in one A (E r, in), an expert's rows after the other's, and one
+B (out, r E), whose columns take turns: expert e owns e, E + e, 2 E + e, ...
 """
 import torch
 
@@ -23,7 +22,7 @@ class Experts(FFN):
         super().__init__(name, module, gate, getattr(module, "act_fn", None), True, layers)
         self.count = module.num_experts  # E
         self.kinds = {}  # {parameter: (whether an A, whether a B of the gate, an expert's rank)}
-        for A, B in (pair for layer in layers for pair in lora_pairs(layer)):
+        for A, B in zip(self.parameters[::2], self.parameters[1::2]):
             self.kinds[A] = True, False, len(A) // self.count
             self.kinds[B] = False, any(B is other for other in self.B_gates), len(A) // self.count
         self.width = len(self.B_gate) // (2 if module.has_gate else 1)  # F
@@ -31,41 +30,44 @@ class Experts(FFN):
         self.received = []  # by the activation, in this pass
         self.expert = self.pair = self.scores = None  # see `order`; the router's (T, k)
         self.compared = False
-        self.columns = slice(None)  # which of what is received are z
-        self.rows = self.find_gate()
+        self.rows = self.find_gate()  # of gate_up, that make z
+        self.columns = slice(None)  # of what is received, that are z: all
+        if module.has_gate and "integrations" not in type(module)._apply_gate.__module__:
+            self.columns = self.rows  # as in gpt-oss: gate and up are received together
+            self.phi = self.own_phi
+            self.act = vars(module).setdefault("_apply_gate", Tap(module))
+
+    def give(self, gate_up):
+        """What the experts make of it in front of their down projection."""
+        if self.module.has_gate:
+            return type(self.module)._apply_gate(self.module, gate_up)
+        return self.act(gate_up)
+
+    def own_phi(self, z):
+        """What a feature is multiplied by: how much one more of each adds."""
+        gate = z.new_zeros(*z.shape[:-1], len(self.B_gate)).index_copy(-1, self.rows, z)
+        one = gate.new_ones(gate.size(-1)).index_fill(0, self.rows, 0)
+        return self.give(gate + one) - self.give(gate)
 
     def find_gate(self):
-        """Which rows of gate_up make z: the output bends with them, and is linear in the others.
-        And where z is seen: at act_fn, or in front of an _apply_gate of the family's own."""
-        its = type(self.module)._apply_gate if self.module.has_gate else None
-        give = its.__get__(self.module) if its else self.act
+        """Which rows of gate_up make z: the output bends with them, and is linear in the others."""
         size = len(self.B_gate)
         x = torch.linspace(-0.1, 0.1, 8 * size, device=self.B_gate.device).view(8, size)
         for rows in row_layouts(size, self.width, x.device):
             of_gate = x.new_zeros(size).index_fill(0, rows, 1)
-            bend, rest = ((give(x + d / 2) - 2 * give(x) + give(x - d / 2)).abs().max()
-                          for d in (of_gate, 1 - of_gate))
+            bend, rest = (
+                (self.give(x + d / 2) - 2 * self.give(x) + self.give(x - d / 2)).abs().max()
+                for d in (of_gate, 1 - of_gate))  # second differences
             if rest < 1e-3 < bend:
-                break
-        else:
-            raise ValueError(f"In {self.name} no rows of the gate make a gate.")
-
-        def phi(z):  # what a feature is multiplied by
-            both = z.new_zeros(*z.shape[:-1], size).index_copy(-1, rows, z)
-            return give(both + (1 - of_gate).to(z)) - give(both)
-
-        if its and not its.__module__.startswith("transformers.integrations"):
-            self.phi = phi
-            self.columns = rows
-            self.act = vars(self.module).setdefault("_apply_gate", Tap(self.module))
-        return rows
+                return rows
+        raise ValueError(f"In {self.name} no rows of the gate make a gate.")
 
     def attach(self, nalora):
         act = self.act.register_forward_pre_hook(Rows(nalora, self), with_kwargs=True)
         return act, self.module.register_forward_hook(Routing(nalora, self), with_kwargs=True)
 
     def is_again(self):
-        """Whether backward computes a pass again that was counted: it may stop within."""
+        """Whether we are in backward, which computes a counted pass again: it may stop within."""
         return self.counted and torch._C._current_graph_task_id() != -1
 
     def order(self, experts):
@@ -74,7 +76,7 @@ class Experts(FFN):
         if kernel not in KERNELS:
             raise ValueError(f"{self.name} {why_not(self.module)}")
         if kernel != "eager":
-            return experts.flatten().sort()  # as grouped_mm sorts them
+            return experts.flatten().sort()  # so does grouped_mm; watch.Routing for batched_mm
         expert, order = experts.t().flatten().sort(stable=True)  # by j, then t: a call an expert
         return expert, order % len(experts) * experts.size(1) + order // len(experts)
 
@@ -93,10 +95,10 @@ class Experts(FFN):
         """ValueError if z is not what the gate gives, in eight pairs of the first pass."""
         place = torch.linspace(0, len(received) - 1, 8, device=received.device).long()
         expert = self.expert[place]
-        W = self.gate.get_param().detach()  # LoRA's part is in it while PEFT computes
+        W = self.gate.get_param().detach()  # within a pass PEFT's LoRA is added to it
         W = W if self.module.is_transposed else W.mT  # (E, in, rows)
         tokens = x[self.pair[place] // self.scores.size(1)].to(W.dtype)
-        z = torch.stack([x @ W[e] for x, e in zip(tokens, expert.tolist())])
+        z = torch.stack([token @ W[e] for token, e in zip(tokens, expert.tolist())])
         if self.module.has_bias:
             z += getattr(self.module, f"{self.gate.parameter_name}_bias").detach()[expert]
         if (received[place][:, self.columns] - z[:, self.rows]).norm() > 0.05 * z.norm():
@@ -105,9 +107,8 @@ class Experts(FFN):
         self.compared = True
 
     def factor(self, p, rows, scales, made):
-        """What the step of p is multiplied by; rows (N, E, F, 1), scales (N, E) of all layers.
-        Expert e owns the rows e r to e r + r - 1 of A (E r, in), and of B (out, r E) the columns e,
-        e + E, e + 2 E, ..."""
+        """What the step of p is multiplied by, as large as p or one column of it; rows
+        (N, E, F, 1) and scales (N, E) are of all layers, and so is what `made` keeps."""
         is_A, is_gate, rank = kind = self.kinds[p]
         if kind not in made:
             factor = scales.repeat(1, rank)[:, None]  # (N, 1, r E)

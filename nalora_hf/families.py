@@ -203,6 +203,8 @@ def find_ffns(modules, gates, act, experts, why):
     steered = [f"{len(found)} of {len(matches)} FFNs"] if matches or not experts else []
     if experts:
         steered.append(f"{sum(its.count for its in experts)} experts in {len(experts)} layers")
+    elif not why and any(hasattr(m, "is_concatenated") for m in modules.values()):
+        why = "The experts carry no LoRA."
     said = f"NALoRA steers {' and '.join(steered)}; plain LoRA on {rest}. {why}".strip()
     return ffns, said
 
@@ -229,9 +231,11 @@ def refuse_all(modules, gate, matches, why):
             raise ValueError(f"{path} is a {type(m).__name__}, which computes its experts in a "
                              "form of its own, and there is no other FFN here.")
         name = ".".join(path.replace(".base_layer", "").split(".")[-2:])
-        raise ValueError("The gates of this model are in its experts, and these carry no LoRA: "
-                         "PEFT puts it there with LoraConfig(target_parameters=["
-                         f"'{name}.gate_up_proj', '{name}.down_proj']).")
+        if any(getattr(modules[path], "parameter_name", "") == "gate_up_proj" for path in lora):
+            raise ValueError(f"The gates here are in {name}.gate_up_proj: name that, or none.")
+        raise ValueError(f"The gates of this model are in {name}.gate_up_proj, which carries no "
+                         "LoRA: PEFT puts it there with target_parameters=["
+                         f"'{name}.gate_up_proj', '{name}.down_proj'] in its LoraConfig.")
     for name in lora:
         if name in matches:
             raise ValueError(f"{name.rpartition('.')[0]} has no activation (act_fn, act): say "
@@ -240,7 +244,8 @@ def refuse_all(modules, gate, matches, why):
         raise ValueError(f"The adapter on {gate} has no pair of A and B that could be steered: "
                          "use LoRA.")
     if why:
-        raise ValueError(f"{why} The dense FFNs carry no LoRA: inject_lora puts it there.")
+        raise ValueError(f"{why} The dense FFNs carry no LoRA: inject_lora puts it there, in a "
+                         "model without PEFT's.")
     if not lora:
         raise ValueError(f"No gated FFN here has LoRA on its {gate}: inject it first.")
     found = ", ".join(sorted({name.split(".")[-1] for name in lora}))

@@ -47,12 +47,11 @@ def build(s, method, columns, sets, note_base):
         bf16=s["dtype"] == "bfloat16", fp16=s["dtype"] == "float16", seed=s["seed"],
         data_seed=s["seed"], save_steps=0.1, save_total_limit=2, report_to="none",
         ddp_find_unused_parameters=False, use_cpu=not torch.accelerator.is_available())
-    model, tokenizer = load(s)
+    model, tokenizer, targets = load(s)
     args.max_length = min(s["max_length"], getattr(model.config, "max_position_embeddings", 2**31))
     args.assistant_only_loss = knows_roles(columns, tokenizer)
     answers = len(columns) == 2 or args.assistant_only_loss
-    lora = LoraConfig(r=s["rank"], lora_alpha=s["alpha"], task_type="CAUSAL_LM", target_modules=(
-        "all-linear" if "all-linear" in s["targets"] else s["targets"]))
+    lora = LoraConfig(r=s["rank"], lora_alpha=s["alpha"], task_type="CAUSAL_LM", **targets)
     callback = NALoRACallback(NALoRAConfig(keep=s["keep"]), s["gate"])
     first = TrainerCallback()
     first.on_evaluate = lambda _, state, *__, **seen: state.global_step or note_base(**seen)
@@ -167,7 +166,7 @@ FLAGS = {  # name: (default, help, how argparse reads it)
     "lr": (2e-4, "peak learning rate", {"type": number(float, 1e-12, 100)}),
     "rank": (8, "of LoRA", COUNT),
     "alpha": (16.0, "the update is scaled by alpha / rank", {"type": number(float, 1e-6, 1e6)}),
-    "targets": (["all-linear"], "linear layers with LoRA, by name", {"nargs": "+"}),
+    "targets": (["all-linear"], "layers, or experts' weights, with LoRA, by name", {"nargs": "+"}),
     "gate": (["gate_proj", "gate_up_proj"], "layers in front of an activation", {"nargs": "+"}),
     "keep": (0.5, "share of the gates that NA-LoRA moves", {"type": number(float, 1e-6, 1)}),
     "seed": (0, "of the held-out rows, their order and LoRA", {"type": number(int, 0, 2**32 - 1)}),

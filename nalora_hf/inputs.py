@@ -169,7 +169,8 @@ def online():
     return True
 
 def load(s):
-    """(model, tokenizer). ValueError if they cannot be loaded, or not be trained with targets."""
+    """(model, tokenizer, what LoraConfig says of the targets). ValueError if they cannot be loaded,
+    or not be trained with targets."""
     from accelerate import PartialState
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     path = Path(s["model"])
@@ -201,11 +202,19 @@ def load(s):
                          "which each answer ends.")
     names = [name for name, m in model.named_modules() if type(m).__name__.startswith("Linear")
              or type(m).__name__ == "Conv1D"]
+    stacks = [name for name, p in model.named_parameters() if p.dim() == 3]  # of experts
+    targets = {"target_modules": [], "target_parameters": []}
     for target in s["targets"]:
-        if target != "all-linear" and not any(f".{n}".endswith(f".{target}") for n in names):
+        if target == "all-linear" or any(f".{n}".endswith(f".{target}") for n in names):
+            targets["target_modules"].append(target)
+        elif any(f".{n}".endswith(f".{target}") for n in stacks):
+            targets["target_parameters"].append(target)
+        else:
             raise ValueError(f"--targets {target} matches no linear layer; there are "
                              f"{', '.join(sorted({name.split('.')[-1] for name in names}))}.")
-    return model, tokenizer
+    if "all-linear" in targets["target_modules"]:
+        targets["target_modules"] = "all-linear"
+    return model, tokenizer, targets
 
 def knows_roles(columns, tokenizer):
     """Whether data is messages and the chat template tells which tokens are the assistant's."""
@@ -235,5 +244,7 @@ def check_trainer(s, trainer):
         try:
             find_steered(trainer.model, s["gate"], None)
         except ValueError as e:
-            raise ValueError("NA-LoRA cannot steer this model. "
-                             + str(e).replace("gate=...", "--gate")) from None
+            text = str(e).replace("gate=...", "--gate")
+            text = re.sub(r"target_parameters=\['(.*)', '(.*)'\] in its LoraConfig",
+                          r"--targets all-linear \1 \2", text)
+            raise ValueError(f"NA-LoRA cannot steer this model. {text}") from None

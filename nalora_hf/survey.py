@@ -207,8 +207,10 @@ def try_family(name):
         return (wrong or tries[0])[0]
     row = min(steered.values(), key=lambda row: row["outcome"])  # "steered" before "ungated"
     if mixture:
-        hows = [f"{what}: {its['how'] or 'all-linear'}" for what, its in sorted(steered.items())]
-        row = row | {"how": "; ".join(hows)}
+        hows = {what: its["how"] or "all-linear" for what, its in steered.items()}
+        both = [its for its, found in tries if len(found) == 2]
+        text = "; or ".join(f"{what}: {how}" for what, how in sorted(hows.items()))
+        row = row | {"how": f"experts and FFNs: {both[0]['how']}" if both else text}
     return row
 
 # ---- all families --------------------------------------------------------------------------------
@@ -255,7 +257,7 @@ def report(rows):
 def reason(said):
     """What a refusal says, without the names of one model."""
     kinds = {
-        "in its experts": "the gates are in experts without LoRA",
+        "which carries no LoRA": "the gates are in experts without LoRA",
         "form of its own": "the experts are computed in a form of their own",
         "No gated FFN": "no linear layer stands in front of an activation and carries LoRA",
         "no module of its own": "gate and up are one layer, and the activation is no module",

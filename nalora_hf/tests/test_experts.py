@@ -339,6 +339,12 @@ def test_a_resumed_run_ends_with_the_same_bits():
     with pytest.raises(ValueError, match="is of other FFNs"):
         trained(mixture("Mixtral", rank=2), saved=saved[:1] + ({**saved[1], "ffns": {}},))
 
+def test_experts_without_lora_are_told_of():
+    model = survey.with_lora(tiny.build("Qwen2MoeForCausalLM"), "")
+    assert str(NALoRA(model, survey.optimizer_of(model))) == (
+        "NALoRA steers 2 of 2 FFNs; plain LoRA on 2 q_proj, 2 k_proj, 2 v_proj, 2 o_proj, "
+        "2 shared_expert_gate. The experts carry no LoRA.")
+
 def test_what_it_tells(capsys):
     nalora, _ = trained(mixture("Qwen3Moe"))
     assert str(nalora).startswith("NALoRA steers 10 experts in 2 layers; plain LoRA on 2 q_proj")
@@ -514,8 +520,10 @@ def test_what_cannot_be_seen_is_refused_with_the_reason(monkeypatch):
     model.config._experts_implementation = "sonicmoe"
     refuses(model, "experts by 'sonicmoe', .*set_experts_implementation")
     gpt = survey.with_lora(tiny.build("GptOssForCausalLM"), "")
-    refuses(gpt, r"target_parameters=\['mlp.experts.gate_up_proj', 'mlp.experts.down_proj'\]")
-    refuses(survey.with_lora(tiny.build("MixtralForCausalLM"), "inject_lora"), "in its experts")
+    puts = r"target_parameters=\['mlp.experts.gate_up_proj', 'mlp.experts.down_proj'\]"
+    refuses(gpt, f"mlp.experts.gate_up_proj, which carries no LoRA: PEFT puts it there with {puts}")
+    refuses(survey.with_lora(tiny.build("MixtralForCausalLM"), "inject_lora"), puts)
+    refuses(mixture("Mixtral"), "are in mlp.experts.gate_up_proj: name that", gate="gate_proj")
     jet = survey.with_lora(tiny.build("JetMoeForCausalLM"), "")
     refuses(jet, "JetMoeParallelExperts, which computes its experts in a form of its own")
 

@@ -2,7 +2,7 @@
 and README.md say."""
 import pytest
 
-from nalora_hf import families, read_json, steer, survey
+from nalora_hf import experts, families, read_json, steer, survey
 
 TABLE = read_json(survey.PACKAGE / "MODELS.json")
 
@@ -26,7 +26,9 @@ def test_the_families_in_the_documents_are_those_of_the_survey():
     "DeepseekV3ForCausalLM",  # dense and shared FFNs beside experts
     "MixtralForCausalLM",  # experts alone
     "GPT2LMHeadModel",  # no gate
-    "MiniMaxM3VLForCausalLM",  # a fused layer whose activation cannot be seen
+    "MiniMaxM3VLForCausalLM",  # experts, beside a fused layer whose activation cannot be seen
+    "Qwen2MoeForCausalLM",  # experts and shared FFNs
+    "JetMoeForCausalLM",  # experts in a form of their own
 ])
 def test_interop_families_are_what_the_table_says(name):
     transformers = pytest.importorskip("transformers")
@@ -47,3 +49,13 @@ def test_interop_the_survey_sees_what_is_wrong(monkeypatch):
                         lambda self, group: row_factor(self, group).roll(1, -2))
     assert survey.try_family("LlamaForCausalLM") == {
         "outcome": "wrong", "how": "", "said": "a step is not blended as mask and scale say"}
+    monkeypatch.undo()
+    sample = experts.Experts.sample
+
+    def of_the_next(self, *args):
+        z, weight, expert = sample(self, *args)
+        return z, weight, (expert + 1) % self.count
+
+    monkeypatch.setattr(experts.Experts, "sample", of_the_next)
+    assert survey.try_family("MixtralForCausalLM") == {
+        "outcome": "wrong", "how": "", "said": "importance is not that of the activation's input"}

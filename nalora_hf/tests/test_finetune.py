@@ -163,6 +163,22 @@ def test_nalora_sees_the_masks_and_keeps_rows(tmp_path, model, data, built):
     for (name, state), B in zip(callback.nalora.statistics().items(), gates.values()):
         assert torch.equal(B.ne(0).any(1), state["mask"]) and state["mask"].sum() == 12
 
+def test_experts_are_named_among_the_targets(tmp_path, data, capsys):
+    from transformers import GptOssConfig, GptOssForCausalLM
+    folder = make_model(tmp_path / "model")
+    sizes = dict(vocab_size=99, hidden_size=16, intermediate_size=8, num_hidden_layers=2,
+                 num_attention_heads=4, num_key_value_heads=2, head_dim=4, num_local_experts=4,
+                 num_experts_per_tok=2, max_position_embeddings=96)
+    GptOssForCausalLM(GptOssConfig(**sizes)).save_pretrained(folder)
+    flags = ("--model", folder, "--data", data, "--steps", "1")
+    assert finetune.main([*flags, "--out", str(tmp_path / "refused")]) == 2
+    assert ("which carries no LoRA: PEFT puts it there with --targets all-linear "
+            "mlp.experts.gate_up_proj mlp.experts.down_proj.") in capsys.readouterr().err
+    record = run(tmp_path / "out", *flags, "--targets", "all-linear", "mlp.experts.gate_up_proj",
+                 "mlp.experts.down_proj")
+    assert len(record["nalora"]["k_hat"]) == 2
+    assert any("experts" in name for name in adapter(tmp_path / "out"))
+
 def test_both_are_each_alone_and_stand_in_a_table(finished, capsys):
     both = nalora_hf.read_json(finished / "both" / "run.json")["eval_loss"]
     for method in ("lora", "nalora"):

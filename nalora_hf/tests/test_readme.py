@@ -146,10 +146,10 @@ ROWS = {
     "vision and language": "test_interop_both_towers_of_a_vision_language_model",
     "no activation to be found": "test_the_activation_may_be_told_or_stand_in_the_config",
     "several optimizers": "test_several_optimizers_step_as_one",
-    "experts of gpt-oss, Qwen2-MoE, Phi-MoE":
+    "experts of gpt-oss; experts with shared FFNs (Qwen2-MoE)":
         "test_experts_agree_with_the_oracle "
         "test_shared_ffns_beside_experts_are_groups_of_their_own",
-    "dense and shared FFNs beside experts (DeepSeek-V3, GLM-4.5, Qwen3-Next)":
+    "dense and shared FFNs of DeepSeek-V3, GLM-4.5, Qwen3-Next":
         "test_interop_dense_and_shared_ffns_beside_experts_are_steered",
     "experts of Llama 4, LongCat, JetMoe":
         "test_what_cannot_be_seen_is_refused_with_the_reason",
