@@ -290,8 +290,16 @@ def test_rates_that_the_page_speaks_of():
                                                .values())
 
 def test_version_2_ends_at_the_losses_of_version_1():
-    """Of the turns mask's comparison alone is version 2; what it shares with version 1's."""
-    for label in ("full:lr=1.5e-3", "lora"):
+    toy = COMPARISONS["toy"]
+    old = json.loads((RESULTS / "toy" / "version-1.json").read_text(encoding="utf-8"))
+    assert old.keys() == toy["variants"].keys() and len(toy["seeds"]) == 5
+    for label, variant in toy["variants"].items():
+        by_seed = paired.by_seed(toy, label, "val_loss")
+        assert [by_seed[seed] for seed in toy["seeds"]] == old[label]["val_loss"]
+        assert variant["tuning"] == old[label]["tuning"]
+    tuned = sum(len(losses["tuning"]) for losses in old.values()) * len(toy["tuning_seeds"])
+    assert tuned + 5 * len(old) == 143
+    for label in ("full:lr=1.5e-3", "lora"):  # of the turns mask's, what it shares with version 1's
         new, old = (paired.by_seed(COMPARISONS[name], label, "val_loss")
                     for name in ("turns", "keep-adamw"))
         assert new == old and len(new) == 5
