@@ -71,6 +71,13 @@ def trained(label):
     return next(row["trainable_parameters"] for row in COMPARISONS["neighbours"]["rows"]
                 if row["variant"] == label)
 
+def version_1():
+    return json.loads((RESULTS / "toy" / "version-1.json").read_text(encoding="utf-8"))
+
+def nalora_by_version():
+    by_seed = paired.by_seed(COMPARISONS["toy"], "nalora", "val_loss")
+    return [by_seed[seed] for seed in range(5)], version_1()["nalora"]["val_loss"]
+
 def sentences():
     """What the page says with numbers, with those of the results put in."""
     base = next(row["trainable_parameters"] for row in COMPARISONS["toy"]["rows"]
@@ -92,6 +99,8 @@ def sentences():
     below = mean("neighbours", "lora", "val_loss") - mean("neighbours", "nalora", "val_loss")
     yield f"It is {below:.4f} below LoRA itself there"
     times = COMPARISONS["neighbours"]["step_time"]
+    parted, = ((new, old) for new, old in zip(*nalora_by_version()) if new != old)
+    yield "({:.4f} in the place of {:.4f})".format(*parted)
     yield f"with {trained('nora')} parameters it solves almost no problem"
     yield f"a step takes {times['nora++']:.1f} times as long"
     yield f"apart, at {times['dora']:.2f} times the step"
@@ -120,6 +129,8 @@ VERDICTS = [
     for pair in ("nalora - lora", "nalora-mask - lora", "nalora-scale - lora")
 ] + [
     ("worse than one scale for all", "toy", "nalora-scale - uniform-scale", "val_loss", "higher"),
+    ("NA-LoRA forgets a little more than LoRA", "toy", "nalora - lora", "text_loss_increase",
+     "higher in 4"),
     ("NA-LoRA is below the random mask in loss", "toy", "nalora - random-mask", "val_loss",
      "lower"),
     ("against the random mask with the uniform scale no difference is seen", "score",
@@ -291,14 +302,16 @@ def test_rates_that_the_page_speaks_of():
 
 def test_version_2_ends_at_the_losses_of_version_1():
     toy = COMPARISONS["toy"]
-    old = json.loads((RESULTS / "toy" / "version-1.json").read_text(encoding="utf-8"))
+    old = version_1()
     assert old.keys() == toy["variants"].keys() and len(toy["seeds"]) == 5
-    for label, variant in toy["variants"].items():
-        by_seed = paired.by_seed(toy, label, "val_loss")
-        assert [by_seed[seed] for seed in toy["seeds"]] == old[label]["val_loss"]
-        assert variant["tuning"] == old[label]["tuning"]
-    tuned = sum(len(losses["tuning"]) for losses in old.values()) * len(toy["tuning_seeds"])
-    assert tuned + 5 * len(old) == 143
+    judged = {(label, seed): loss == then for label in old for (seed, loss), then in zip(
+        sorted(paired.by_seed(toy, label, "val_loss").items()), old[label]["val_loss"])}
+    tuned = {(label, i): losses == then for label in old for i, (losses, then) in enumerate(
+        zip(toy["variants"][label]["tuning"], old[label]["tuning"]))}
+    assert f"the toy's {len(judged)} runs that judge, {sum(judged.values())} end" in README
+    assert f"do {sum(tuned.values())} of the {len(tuned)} means that tune" in README
+    parted = {label for (label, _), same in [*judged.items(), *tuned.items()] if not same}
+    assert parted == {"nalora", "nalora-neutral", "nalora-mask"}  # those with a mask by |phi'|
     for label in ("full:lr=1.5e-3", "lora"):  # of the turns mask's, what it shares with version 1's
         new, old = (paired.by_seed(COMPARISONS[name], label, "val_loss")
                     for name in ("turns", "keep-adamw"))
