@@ -99,21 +99,16 @@ class Hook(nalora.Hook):
 
     def tell(self, t, trains):
         if not torch.compiler.is_compiling():
-            self.receive(t, trains)
+            getattr(self.nalora, self.show)(self.ffn, t, trains)
         elif trains:
             torch.ops.nalora_hf.see(self.nalora.order, self.key, t.detach())
-
-    def receive(self, t, trains):
-        getattr(self.nalora, self.show)(self.ffn, t, trains)
 
 class Rows(Hook):
     """Keeps what the activation of experts receives, in one call or in several. Nothing of experts
     is compiled: PEFT's LoRA breaks the graph at each of them."""
     @torch.compiler.disable
     def __call__(self, module, args, kwargs):
-        super().__call__(module, args, kwargs)
-
-    def receive(self, z, trains):
+        z = [*args, *kwargs.values()][0]
         if self.ffn.module.training and not self.ffn.is_again():
             self.ffn.received.append(z.detach())
 
@@ -166,7 +161,7 @@ def see(order: torch.Tensor, key: torch.Tensor, z: torch.Tensor) -> None:
     if hook is not None and hook.nalora is not None:
         here = torch._C._dispatch_tls_local_include_set()
         with torch._C._ForceDispatchKeyGuard(here, here - here):  # phi' takes autograd, too
-            hook.receive(z, True)
+            getattr(hook.nalora, hook.show)(hook.ffn, z, True)
 
 see.register_fake(lambda order, key, z: None)
 
