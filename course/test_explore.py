@@ -142,8 +142,8 @@ def test_what_the_page_asks_to_try_is_so(opened):
     assert "steps are doubled" in opposed["shown"]["says"]
     assert "the scale stays 1" in shut["shown"]["says"]
     page = PAGE.read_text(encoding="utf-8")
-    for told in ("Mean 1.3, spread 0.1", "k̂ is 1.28", "mean 0, spread 0.1", "mean −0.8, spread 0.5",
-                 "k̂ is 0.25", "down to −0.9", "24 channels at 100 tokens"):
+    for told in ("Mean 1.3, spread 0.1", "k̂ is 1.28", "mean 0, spread 0.1",
+                 "mean −0.8, spread 0.5", "k̂ is 0.25", "down to −0.9", "24 channels at 100 tokens"):
         assert told in page
 
 def test_the_page_loads_nothing_and_every_slider_has_a_label():

@@ -181,7 +181,7 @@ def draw_homogeneity(comparisons, path):
                         markerfacecolor="none", lw=1, label=in_words(label))
         ax.axhline(1, color="0.7", lw=0.8, zorder=0)
         ax.set(xlabel="layer", ylabel="effective homogeneity k̂",
-               title=base_name(comparison))
+               title=base_name(comparison["base"]["path"]))
         ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend(frameon=False)
     save_figure(figure, path)

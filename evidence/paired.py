@@ -40,16 +40,16 @@ def paired_difference(ours, theirs):
     mean = statistics.mean(differences)
     return (mean, *bootstrap_interval(differences), sum(d * mean > 0 for d in differences))
 
-def base_name(comparison):
-    """What a page calls the base model, such as "toy"."""
-    path = Path(comparison["base"]["path"])
+def base_name(path):
+    """What a page calls the base model of that path, such as "toy"."""
+    path = Path(path)
     name = "toy" if path.parts[-2:] == ("data", "base") else path.name
     return {"smollm2": "SmolLM2"}.get(name, name)
 
 def sweep_title(comparison):
     """What a column or a panel of several sweeps is headed by, such as "toy, AdamW"."""
     sgd = comparison["configuration"]["optimizer"] == "sgd"
-    return f"{base_name(comparison)}, {'SGD' if sgd else 'AdamW'}"
+    return f"{base_name(comparison['base']['path'])}, {'SGD' if sgd else 'AdamW'}"
 
 def joined(comparisons):
     """One comparison of several that share base, settings and seeds; a variant that is in two is

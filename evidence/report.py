@@ -249,7 +249,7 @@ def by_value(comparisons):
         comparison = joined([c for c in comparisons if sweep_title(c) == title])
         values = dict.fromkeys(v["value"] for v in comparison["variants"].values())
         for value in [v for v in values if v is not None] or [None]:
-            heading = base_name(comparison)
+            heading = base_name(comparison["base"]["path"])
             if value is not None:
                 heading = setting_in_words(comparison["sweep"], value)
                 if len(titles) > 1:
@@ -291,8 +291,7 @@ def pair_table(comparisons, outcomes, pairs):
 
 def speed_table(benches):
     """Markdown: step time and memory of each contestant beside LoRA's, a column per base."""
-    names = [Path(b["configuration"]["base"]).name.replace("base", "toy") for b in benches]
-    names = [{"smollm2": "SmolLM2"}.get(name, name) for name in names]
+    names = [base_name(b["configuration"]["base"]) for b in benches]
     lines = []
     for row in benches[0]["rows"]:
         rows = [next(r for r in b["rows"] if r["name"] == row["name"]) for b in benches]

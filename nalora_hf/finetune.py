@@ -100,7 +100,7 @@ def execute(out, record):
         losses[method] = finite(trainer.evaluate()["eval_loss"])
         if method == "nalora":
             k_hat = [ffn.state.k_hat.nanmean().item() for ffn in callback.nalora.ffns]
-            record["nalora"] = {"steps": callback.nalora.steps, "k_hat": k_hat}  # experts' means
+            record["nalora"] = {"steps": callback.nalora.steps, "k_hat": k_hat}  # of experts: mean
         if RANK == 0:
             write_model(s, trainer, callback.nalora, folder)
         save(out, record)

@@ -20,8 +20,13 @@ from nalora import GateSums, NALoRAConfig, State, decide, importance_mask, obser
 from nalora_hf import NALoRA
 
 STRIDES = (1, 5, 17)
-LAYERS, EXPERTS, TOP, WIDTH = 2, 128, 8, 32
-BASE_STEPS, STEPS, SAMPLE = 240, 60, 24  # batches
+LAYERS = 2
+EXPERTS = 128
+TOP = 8
+WIDTH = 32
+BASE_STEPS = 240  # batches, as of the next two
+STEPS = 60
+SAMPLE = 24
 
 class Beside(NALoRA):
     """Counts the sums of a step by several strides, too."""

@@ -379,7 +379,7 @@ def ddp_rank(rank, world, path):
 def test_ranks_add_up_each_experts_sums(tmp_path):
     for world in (1, 2):
         torch.multiprocessing.spawn(ddp_rank, (world, str(tmp_path)), nprocs=world)
-    one, two, other = (torch.load(tmp_path / f"{ranks}.pt")["ffns"]
+    one, two, other = (torch.load(tmp_path / f"{ranks}.pt", weights_only=True)["ffns"]
                        for ranks in ("1-0", "2-0", "2-1"))
     for name, state in one.items():
         for key, t in state.items():

@@ -10,13 +10,17 @@ def test_the_families_in_the_documents_are_those_of_the_survey():
     text = (survey.PACKAGE / "MODELS.md").read_text(encoding="utf-8")
     assert f"{survey.MARK}\n{survey.report(TABLE)}\n{survey.END}" in text
     outcomes = [row["outcome"] for row in TABLE.values()]
-    assert outcomes.count("steered") >= 96 and outcomes.count("ungated") >= 51
+    assert outcomes.count("steered") >= 112 and outcomes.count("ungated") >= 51
     assert "wrong" not in outcomes
     assert all(row["said"] for row in TABLE.values() if row["outcome"] in ("refused", "not built"))
     text = (survey.PACKAGE / "README.md").read_text(encoding="utf-8")
     assert (f"Of the {len(TABLE)} causal language models" in text
             and f"{outcomes.count('steered')} gated ones" in text
             and f"{outcomes.count('ungated')} without a gate" in text)
+    mixtures = sum("experts" in row["how"] for row in TABLE.values())
+    assert f"({mixtures} are mixtures with their experts)" in text
+    changelog = (survey.PACKAGE.parent / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"and {mixtures - 4} more families" in changelog  # four by name
 
 @pytest.mark.parametrize("name", [
     "LlamaForCausalLM",  # gate_proj
